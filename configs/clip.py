@@ -1,0 +1,95 @@
+"""CLIP: a vision transformer and a causal text transformer, trained by contrast.
+
+    python train.py --config=configs/clip.py:small --workdir=runs/clip
+
+tiny   for tests.
+small  a laptop: pictures of 64 px.
+paper  ViT-H/16 at 256 px, as in the appendix of arXiv 2204.06125.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import common, row
+
+SIZES = {
+    "tiny": {
+        "net": dict(
+            embed_dim=32,
+            image_size=32,
+            patch_size=8,
+            vision_width=32,
+            vision_layers=2,
+            vision_heads=2,
+            context_length=24,
+            text_width=32,
+            text_layers=2,
+            text_heads=2,
+        ),
+        "loop": dict(steps=20, batch_size=32, log_every=5, eval_batches=1),
+        "optim": dict(warmup=5),
+        "tokenizer": dict(captions=200),
+        "shapes": dict(contrast=8),
+    },
+    "small": {
+        "net": dict(
+            embed_dim=128,
+            image_size=64,
+            patch_size=8,
+            vision_width=128,
+            vision_layers=6,
+            vision_heads=4,
+            context_length=24,
+            text_width=128,
+            text_layers=4,
+            text_heads=4,
+        ),
+        "loop": dict(steps=4000, batch_size=256),
+        "optim": dict(warmup=200),
+        "tokenizer": dict(captions=10_000),
+        "shapes": dict(contrast=8),
+    },
+    "paper": {
+        "net": dict(
+            embed_dim=1024,
+            image_size=256,
+            patch_size=16,
+            vision_width=1280,
+            vision_layers=32,
+            vision_heads=16,
+            context_length=256,
+            text_width=1024,
+            text_layers=24,
+            text_heads=16,
+        ),
+        "loop": dict(
+            steps=400_000,
+            batch_size=32_768,
+            dtype="bfloat16",
+            eval_every=5_000,
+            preview_every=5_000,
+            save_every=5_000,
+        ),
+        "optim": dict(learning_rate=5e-4, b2=0.98, weight_decay=0.2, warmup=2_000),
+        "tokenizer": dict(captions=1_000_000, vocab_size=49_408),
+    },
+}
+
+
+def get_config(size: str = "small") -> ConfigDict:
+    """The config of a row of SIZES."""
+    values = row(SIZES, size, "clip")
+    config = common("clip")
+    config.update(values["loop"])
+    config.optim.update(values["optim"])
+    config.data.shapes.update(values.get("shapes", {}))
+
+    config.net = ConfigDict(values["net"])
+    config.net.activation = "gelu"
+    config.net.remat = size == "paper"
+
+    config.tokenizer = ConfigDict()
+    config.tokenizer.path = ""  # folder or hub id; "" trains one on the captions
+    config.tokenizer.vocab_size = 1024
+    config.tokenizer.captions = 10_000  # how many to train it on
+    config.tokenizer.update(values["tokenizer"])
+    return config

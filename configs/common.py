@@ -1,0 +1,96 @@
+"""What the configs of all stages share: the loop, the data, the optimiser, the mesh."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from dalle2_jax.errors import UserError
+
+
+def row(table: dict[str, dict], size: str, name: str) -> dict:
+    """The row of a config's table; an unknown size is a UserError."""
+    if size not in table:
+        raise UserError(
+            f"configs/{name}.py has no size {size!r}: choose {', '.join(table)}"
+        )
+    return table[size]
+
+
+def common(stage: str) -> ConfigDict:
+    """The keys every stage has, with a laptop's defaults."""
+    config = ConfigDict()
+    config.stage = stage
+    config.base = ""  # exported model to build on; "bundled" for the one that ships
+    config.seed = 0
+    config.steps = 1000
+    config.batch_size = 64  # over all devices
+    config.accumulate = 1  # micro-batches a step
+    config.dtype = "float32"  # of activations; "bfloat16" on TPUs and GPUs
+    config.ema_decay = 0.999
+
+    config.log_every = 50
+    config.eval_every = 500
+    config.eval_batches = 4
+    config.preview_every = 500
+    config.save_every = 500
+    config.keep = 2
+    config.tensorboard = False
+
+    config.data = ConfigDict()
+    config.data.source = "shapes"  # shapes, folder, webdataset or tfds
+    config.data.path = ""
+    config.data.crop = "center"  # how a picture is made square: center or random
+    config.data.crop_fraction = 1.0  # of the side, for training on crops
+    config.data.flip = False  # horizontally, at random
+    config.data.threads = 4
+    # What each source takes; holdout is the fraction kept for metrics.
+    config.data.shapes = ConfigDict(dict(pairs=0.5, contrast=1))
+    config.data.folder = ConfigDict(dict(holdout=0.02))
+    config.data.webdataset = ConfigDict(dict(holdout=0.02))
+    config.data.tfds = ConfigDict(
+        dict(holdout=0.02, tfds_split="train", image="image", caption="caption")
+    )
+    config.data.tfds.data_dir = placeholder(str)
+
+    config.optim = ConfigDict()
+    config.optim.learning_rate = 1e-3
+    config.optim.schedule = "cosine"  # constant, cosine or linear
+    config.optim.warmup = 100
+    config.optim.b1 = 0.9
+    config.optim.b2 = 0.99
+    config.optim.eps = 1e-8
+    config.optim.weight_decay = 0.0
+    config.optim.clip_norm = 1.0
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # the devices that fsdp leaves
+    config.mesh.fsdp = 1
+    return config
+
+
+def diffusion(predict: str, variance: str, schedule: str = "cosine") -> ConfigDict:
+    """How a network is trained to denoise; see dalle2_jax/diffusion/generate.py."""
+    section = ConfigDict()
+    section.schedule = schedule
+    section.steps = 1000
+    section.predict = predict
+    section.variance = variance
+    section.min_snr_gamma = placeholder(float)
+    return section
+
+
+def sampling(
+    steps: int | str,
+    guidance: float,
+    sampler: str = "ddpm",
+    clip: float | None = 1.0,
+) -> ConfigDict:
+    """How it is sampled; see dalle2_jax/diffusion/generate.py."""
+    section = ConfigDict()
+    section.sampler = sampler
+    section.steps = steps
+    section.guidance = guidance
+    section.eta = 0.0
+    section.clip = placeholder(float)
+    section.clip = clip
+    section.threshold = placeholder(float)
+    return section

@@ -1,0 +1,108 @@
+"""The decoder: from a CLIP image embedding and a caption to a small picture.
+
+    python train.py --config=configs/decoder.py:small --workdir=runs/decoder \
+        --config.base=runs/prior/model
+
+tiny   for tests: 16 px.
+small  a laptop: 32 px.
+paper  the 3.5B decoder of Table 3 of arXiv 2204.06125: 64 px.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import common, diffusion, row, sampling
+
+SIZES = {
+    "tiny": {
+        "size": 16,
+        "unet": dict(
+            channels=16,
+            multipliers=(1, 2),
+            blocks=1,
+            out_channels=3,
+            attention_levels=(1,),
+            head_channels=16,
+            dropout=0.0,
+            groups=8,
+        ),
+        "text_encoder": dict(width=32, layers=1, heads=2),
+        "loop": dict(steps=20, batch_size=16, log_every=5, eval_batches=1),
+        "optim": dict(warmup=5),
+        "diffusion": dict(predict="x0", variance="fixed_small"),
+        "sampling": dict(steps=4, guidance=2.0),
+        "drop_caption": 0.5,
+    },
+    "small": {
+        "size": 32,
+        "unet": dict(
+            channels=32,
+            multipliers=(1, 2, 4),
+            blocks=2,
+            out_channels=3,
+            attention_levels=(2,),
+            head_channels=32,
+            dropout=0.0,
+            groups=16,
+        ),
+        "text_encoder": dict(width=128, layers=2, heads=4),
+        "loop": dict(steps=5000, batch_size=64),
+        "optim": dict(warmup=200),
+        "diffusion": dict(predict="x0", variance="fixed_small"),
+        "sampling": dict(steps=25, guidance=2.0),
+        "drop_caption": 0.3,
+    },
+    "paper": {
+        "size": 64,
+        "unet": dict(
+            channels=512,
+            multipliers=(1, 2, 3, 4),
+            blocks=3,
+            out_channels=6,
+            attention_levels=(1, 2, 3),
+            head_channels=64,
+            dropout=0.1,
+            groups=32,
+        ),
+        "text_encoder": dict(width=2048, layers=24, heads=32),
+        "loop": dict(
+            steps=800_000,
+            batch_size=2048,
+            dtype="bfloat16",
+            ema_decay=0.9999,
+            eval_every=5_000,
+            preview_every=5_000,
+            save_every=5_000,
+        ),
+        "optim": dict(
+            learning_rate=1.2e-4, schedule="constant", b2=0.999, warmup=1_000
+        ),
+        "diffusion": dict(predict="eps", variance="learned_range"),
+        "sampling": dict(steps=250, guidance=4.0),
+        "drop_caption": 0.5,
+    },
+}
+
+
+def get_config(size: str = "small") -> ConfigDict:
+    """The config of a row of SIZES."""
+    values = row(SIZES, size, "decoder")
+    config = common("decoder")
+    config.base = "bundled"
+    config.update(values["loop"])
+    config.optim.update(values["optim"])
+
+    config.net = ConfigDict()
+    config.net.unet = ConfigDict(values["unet"])
+    config.net.unet.scale_shift = True
+    config.net.unet.remat = size == "paper"
+    config.net.context_width = values["text_encoder"]["width"]
+    config.net.image_tokens = 4
+    config.net.text_encoder = ConfigDict(values["text_encoder"])
+    config.net.text_encoder.activation = "gelu"
+    config.net.text_encoder.remat = size == "paper"
+    config.size = values["size"]  # side of its pictures
+    config.diffusion = diffusion(**values["diffusion"])
+    config.sampling = sampling(**values["sampling"])
+    config.drop_image = 0.1  # how often the image embedding is left out, and
+    config.drop_caption = values["drop_caption"]  # the caption
+    return config

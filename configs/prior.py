@@ -1,0 +1,71 @@
+"""The diffusion prior: from a caption to a CLIP image embedding.
+
+    python train.py --config=configs/prior.py:small --workdir=runs/prior \
+        --config.base=runs/clip/model
+
+tiny   for tests.
+small  a laptop.
+paper  the 1B diffusion prior of Table 3 of arXiv 2204.06125.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import common, diffusion, row, sampling
+
+SIZES = {
+    "tiny": {
+        "net": dict(width=32, layers=2, heads=2),
+        "loop": dict(steps=20, batch_size=32, log_every=5, eval_batches=1),
+        "optim": dict(warmup=5),
+        "statistics_examples": 64,
+        "sampling": dict(steps=4, guidance=2.0),
+    },
+    "small": {
+        "net": dict(width=256, layers=4, heads=8),
+        "loop": dict(steps=5000, batch_size=256),
+        "optim": dict(warmup=200),
+        "statistics_examples": 8192,
+        "sampling": dict(steps=25, guidance=2.0),
+    },
+    "paper": {
+        "net": dict(width=2048, layers=24, heads=32),
+        "loop": dict(
+            steps=600_000,
+            batch_size=4096,
+            dtype="bfloat16",
+            ema_decay=0.9999,
+            eval_every=5_000,
+            preview_every=5_000,
+            save_every=5_000,
+        ),
+        "optim": dict(
+            learning_rate=1.1e-4,
+            schedule="constant",
+            b2=0.96,
+            eps=1e-6,
+            weight_decay=6e-2,
+            warmup=1_000,
+        ),
+        "statistics_examples": 65_536,
+        "sampling": dict(steps=64, guidance=4.0),
+    },
+}
+
+
+def get_config(size: str = "small") -> ConfigDict:
+    """The config of a row of SIZES."""
+    values = row(SIZES, size, "prior")
+    config = common("prior")
+    config.base = "bundled"
+    config.update(values["loop"])
+    config.optim.update(values["optim"])
+
+    config.net = ConfigDict(values["net"])
+    config.net.activation = "gelu"
+    config.net.remat = size == "paper"
+    config.diffusion = diffusion(predict="x0", variance="fixed_small")
+    config.sampling = sampling(**values["sampling"], clip=10.0)
+    config.drop_caption = 0.1
+    # Pictures whose embeddings give the mean and deviation that the prior works with.
+    config.statistics_examples = values["statistics_examples"]
+    return config

@@ -1,0 +1,99 @@
+"""The upsamplers: a picture at four times its side. No text, no attention.
+
+    python train.py --config=configs/upsampler.py:small --workdir=runs/upsampler \
+        --config.base=runs/decoder/model
+
+tiny        for tests: 16 to 32 px.
+small       a laptop: 32 to 128 px.
+paper_256   the 700M 64 to 256 px model of Table 3 of arXiv 2204.06125.
+paper_1024  the 300M 256 to 1024 px model.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import common, diffusion, row, sampling
+
+_PAPER_LOOP = dict(
+    steps=1_000_000,
+    dtype="bfloat16",
+    ema_decay=0.9999,
+    eval_every=5_000,
+    preview_every=5_000,
+    save_every=5_000,
+)
+_PAPER_OPTIM = dict(schedule="constant", b2=0.999, warmup=1_000)
+
+SIZES = {
+    "tiny": {
+        "low_size": 16,
+        "size": 32,
+        "crop_fraction": 0.5,
+        "net": dict(channels=16, multipliers=(1, 2), blocks=1, dropout=0.0, groups=8),
+        "loop": dict(steps=20, batch_size=16, log_every=5, eval_batches=1),
+        "optim": dict(warmup=5),
+        "diffusion": dict(predict="x0"),
+        "sampling": dict(steps=3),
+    },
+    "small": {
+        "low_size": 32,
+        "size": 128,
+        "crop_fraction": 0.25,
+        "net": dict(
+            channels=32, multipliers=(1, 2, 2), blocks=1, dropout=0.0, groups=16
+        ),
+        "loop": dict(steps=2000, batch_size=64),
+        "optim": dict(warmup=200),
+        "diffusion": dict(predict="x0"),
+        "sampling": dict(steps=8),
+    },
+    "paper_256": {
+        "low_size": 64,
+        "size": 256,
+        "crop_fraction": 0.25,
+        "net": dict(
+            channels=320, multipliers=(1, 2, 3, 4), blocks=3, dropout=0.1, groups=32
+        ),
+        "loop": {**_PAPER_LOOP, "batch_size": 1024},
+        "optim": {**_PAPER_OPTIM, "learning_rate": 1.2e-4},
+        "diffusion": dict(predict="eps"),
+        "sampling": dict(steps="fast27", sampler="ddim"),
+    },
+    "paper_1024": {
+        "low_size": 256,
+        "size": 1024,
+        "crop_fraction": 0.25,
+        "net": dict(
+            channels=192,
+            multipliers=(1, 1, 2, 2, 4, 4),
+            blocks=2,
+            dropout=0.0,
+            groups=32,
+        ),
+        "loop": {**_PAPER_LOOP, "batch_size": 512},
+        "optim": {**_PAPER_OPTIM, "learning_rate": 1.0e-4},
+        "diffusion": dict(predict="eps", schedule="linear"),
+        "sampling": dict(steps="ddim15", sampler="ddim"),
+    },
+}
+
+
+def get_config(size: str = "small") -> ConfigDict:
+    """The config of a row of SIZES."""
+    values = row(SIZES, size, "upsampler")
+    config = common("upsampler")
+    config.update(values["loop"])
+    config.optim.update(values["optim"])
+
+    config.net = ConfigDict(values["net"])
+    config.net.out_channels = 3
+    config.net.attention_levels = ()
+    config.net.head_channels = 64
+    config.net.scale_shift = False
+    config.net.remat = size.startswith("paper")
+    config.low_size = values["low_size"]  # side of the pictures it is given
+    config.size = values["size"]  # and of those it makes
+    config.data.crop_fraction = values["crop_fraction"]
+    config.blur = ConfigDict(dict(kernel=3, sigma=0.6))  # of the low-resolution picture
+    config.diffusion = diffusion(variance="fixed_small", **values["diffusion"])
+    config.sampling = sampling(guidance=1.0, **values["sampling"])
+    return config

@@ -1,0 +1,272 @@
+"""What is kept on disk: the checkpoints of a training run, and exported models.
+
+A run's checkpoints hold the whole TrainState and are read only to resume it. A model is
+a directory with everything that sampling needs, and nothing pickled:
+
+    config.json                  {"format": 1, "parts": {NAME: {...}}, ...}
+    NAME.safetensors             the params of one part, named "a/b/kernel"
+    tokenizer/
+    statistics.safetensors       for instance mean and deviation of the embeddings
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from dalle2_jax.errors import UserError
+
+FORMAT = 1
+
+
+class Export(NamedTuple):
+    """A model as it lies on disk."""
+
+    config: dict[str, Any]
+    params: dict[str, dict]  # by part: nested dicts of numpy arrays
+    tokenizer_dir: Path | None
+    statistics: dict[str, Any]
+
+
+def export(
+    directory: str | Path,
+    *,
+    params: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tokenizer: Any = None,
+    statistics: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model; a model that is already there is replaced as a whole.
+
+    Args:
+        directory: where to; what is there already must be a model, or empty.
+        params: of each part by its name, nested dicts of arrays.
+        config: what config.json holds, with an entry in config["parts"] for each part.
+        tokenizer: anything with `save(directory)`, or None.
+        statistics: nested dict of arrays, or None.
+
+    Raises:
+        UserError: something else is in the way, or the directory can't be written.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists() and not (directory / "config.json").exists():
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise UserError(
+                f"{directory} exists and is not a model: export to a new directory"
+            )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and moved into place: nobody sees a half-written model.
+        with tempfile.TemporaryDirectory(
+            dir=directory.parent, prefix=f".{directory.name}-"
+        ) as scratch:
+            model = Path(scratch) / "new"
+            model.mkdir()
+            text = json.dumps({**config, "format": FORMAT}, indent=2)
+            (model / "config.json").write_text(text + "\n")
+            for name, tree in params.items():
+                _save(model / f"{name}.safetensors", tree)
+            if statistics:
+                _save(model / "statistics.safetensors", statistics)
+            if tokenizer is not None:
+                tokenizer.save(model / "tokenizer")
+            if directory.exists():
+                directory.rename(Path(scratch) / "old")
+            model.rename(directory)
+    except OSError as error:
+        raise UserError(f"cannot write the model {directory}: {error}") from error
+
+
+def load(directory: str | Path) -> Export:
+    """Reads what `export` wrote.
+
+    Raises:
+        UserError: the directory is not a model, a file is missing or can't be read.
+    """
+    directory = Path(directory).expanduser()
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"{directory} is not a model: it has no config.json "
+            "(train.py leaves one in WORKDIR/model)"
+        )
+    try:
+        config = json.loads(path.read_text())
+        version, names = config["format"], list(config["parts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the config of a model of this package ({error!r})"
+        ) from error
+    if version != FORMAT:
+        raise UserError(
+            f"{directory} has format {version}, this version of dalle2_jax reads "
+            f"format {FORMAT}: update dalle2_jax or export the model again"
+        )
+    tokenizer_dir = directory / "tokenizer"
+    statistics = directory / "statistics.safetensors"
+    return Export(
+        config=config,
+        params={name: _load(directory / f"{name}.safetensors") for name in names},
+        tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
+        statistics=_load(statistics) if statistics.exists() else {},
+    )
+
+
+def check(params: Any, abstract: Any, where: str | Path) -> None:
+    """Accounts for every name on both sides, or raises a UserError that lists them.
+
+    Args:
+        params: tree of arrays (or anything with a shape) that was read.
+        abstract: tree of what is wanted, as from `jax.eval_shape`.
+        where: what was read, for the message.
+    """
+    have, want = _shapes(params), _shapes(abstract)
+    problems = {
+        "missing": [name for name in want if name not in have],
+        "unexpected": [name for name in have if name not in want],
+        "wrong shape": [
+            f"{name} {have[name]} instead of {want[name]}"
+            for name in want
+            if name in have and have[name] != want[name]
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{k}: {_some(v)}" for k, v in problems.items() if v)
+        raise UserError(f"{where} does not fit this config: {listed}")
+
+
+class Run:
+    """The checkpoints of a training run, DIRECTORY/STEP.
+
+    Saving is asynchronous, and a step counts only once it is complete: a process killed
+    while saving leaves the step before as the latest. With several processes, all of
+    them call every method.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2):
+        if keep < 1:
+            raise UserError(f"keep is {keep}: at least one checkpoint must be kept")
+        self.directory = Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True
+            ),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "config": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def latest_step(self) -> int | None:
+        """The last complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, config: Mapping[str, Any]) -> None:
+        """Starts to save the state; the caller may donate its buffers right away."""
+        if step == self.latest_step():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                config=ocp.args.JsonSave(dict(config)),
+            ),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The config that the latest step was saved with."""
+        args = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return self._manager.restore(self.latest_step(), args=args).config
+
+    def restore(self, abstract: Any, changed: Sequence[str] = ()) -> Any:
+        """Reads the latest step.
+
+        Args:
+            abstract: tree of `jax.ShapeDtypeStruct` with the shardings to restore to.
+            changed: what `changes` found in the config, for the message.
+
+        Raises:
+            UserError: names or shapes differ, or a file can't be read.
+        """
+        step = self.latest_step()
+        where = self.directory / str(step)
+        # Compared here because orbax would tell the difference in pages.
+        try:
+            check(self._manager.item_metadata(step)["state"], abstract, where)
+        except UserError as error:
+            raise UserError(
+                f"{error}; the config changed since ({_some(changed)}): "
+                "change it back, or train in another workdir"
+            ) from None
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        try:
+            return self._manager.restore(step, args=args).state
+        except (ValueError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{where} cannot be read ({reason}): "
+                "remove it to resume from the step before"
+            ) from error
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes of a cluster are to save at this step and stop."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Returns when all that was saved is complete on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two configs, as "net.width 64 -> 128"."""
+    old, new = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
+    return [
+        f"{key} {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _save(path: Path, tree: Mapping[str, Any]) -> None:
+    arrays = flatten_dict(dict(tree), sep="/")
+    save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, path)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: copy or export the whole model again")
+    try:
+        return unflatten_dict(load_file(path), sep="/")
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is truncated or damaged ({error}): copy or export it again"
+        ) from error
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = jax.tree_util.keystr
+    return {name(k, simple=True, separator="/"): tuple(v.shape) for k, v in leaves}
+
+
+def _some(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

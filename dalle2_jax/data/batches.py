@@ -1,0 +1,173 @@
+"""Batches of pictures and tokens, the same for a seed and a step on any machine.
+
+The picture at a position of the stream (step × batch size + row), the caption chosen
+for it and its crop depend on the seed and the position alone: not on the number of
+processes or threads, nor on where the iteration began.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from dalle2_jax.data import image as images
+from dalle2_jax.data.sources import BadExample, Source, as_list
+from dalle2_jax.data.tokenizer import Tokenizer
+from dalle2_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+TRIES = 100  # examples in a row that may be bad
+
+
+class Batches:
+    """An iterator over the batches of this process, endless."""
+
+    def __init__(self, iterator):
+        self._iterator = iterator
+        self._skipped: Counter[str] = Counter()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        batch, skipped = next(self._iterator)
+        for bad in skipped:
+            if bad.reason not in self._skipped:
+                log.warning("skipping an example: %s", bad)
+            self._skipped[bad.reason] += 1
+        return batch
+
+    def report(self) -> dict:
+        """How many examples this iterator has skipped, and for which reasons."""
+        return {"skipped": self._skipped.total(), "reasons": dict(self._skipped)}
+
+
+def batches(
+    source: Source,
+    tokenizer: Tokenizer | None,
+    *,
+    batch_size: int,
+    seed: int,
+    sizes: Mapping[str, int],
+    context_length: int | None = None,
+    step: int = 0,
+    crop: str = "center",
+    crop_fraction: float = 1.0,
+    flip: bool = False,
+    shuffle: bool = True,
+    captions: bool = False,
+    threads: int = 4,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Iterates over batches from `step` on: dicts of this process's rows.
+
+    batch_size counts the rows of all processes; process k has the k-th run of
+    batch_size / process_count rows. In a batch, with b such rows:
+        NAME      uint8 [b, s, s, 3], for each NAME: s of `sizes`, all of one square,
+                  which `crop` ("center" or "random") takes from the picture
+        tokens    int32 [b, context_length], unless tokenizer is None
+        caption   list of b str, if `captions`
+    With crop_fraction below 1, "image" is a random part of the picture at its size, of
+    that fraction of its side. `flip` mirrors half of the pictures, whose captions must
+    not speak of left and right. `shuffle` orders each epoch anew; endless sources are
+    never shuffled.
+
+    An unusable example is replaced by another one, counted in `.report()`, and logged
+    once for each reason. Raises UserError if 100 in a row are unusable.
+    """
+    import grain
+
+    if batch_size % process_count:
+        raise UserError(
+            f"a batch of {batch_size} does not divide by {process_count} processes"
+        )
+    if crop not in images.CROPS:
+        raise UserError(f'crop is "{crop}"; it can be one of {images.CROPS}')
+    if not 0 < crop_fraction <= 1:
+        raise UserError(f"crop_fraction is {crop_fraction}; it is above 0 and up to 1")
+    if len(source) == 0:
+        raise UserError(f"{source.name} has no examples")
+    if seed < 0:
+        raise UserError(f"the seed is {seed}; it must be 0 or more")
+
+    def load(position: int, index: int) -> tuple[dict, list[BadExample]]:
+        skipped = []
+        for attempt in range(TRIES):
+            if attempt:  # any other example will do, if it is always the same
+                chance = np.random.default_rng((seed, position, attempt))
+                index = chance.integers(len(source))
+            rng = np.random.default_rng((seed, position))
+            try:
+                return prepare(source[index], rng), skipped
+            except BadExample as bad:
+                skipped.append(bad)
+        raise UserError(
+            f"{TRIES} examples in a row of {source.name} are unusable; the last: "
+            f"{skipped[-1]}"
+        )
+
+    def prepare(example: dict, rng: np.random.Generator) -> dict:
+        choices = as_list(example["caption"])
+        row = {"caption": choices[rng.integers(len(choices))]}
+        square = _square(example, max(sizes.values()), crop, rng)
+        mirrored = flip and rng.random() < 0.5
+        for name, size in sizes.items():
+            picture = square(size)
+            if mirrored:
+                picture = picture[:, ::-1]
+            if name == "image" and crop_fraction < 1:
+                picture = _random_part(picture, round(size * crop_fraction), rng)
+            row[name] = picture
+        return row
+
+    def collate(loaded) -> tuple[dict, list[BadExample]]:
+        rows, skipped = zip(*loaded, strict=True)
+        batch = {name: np.stack([row[name] for row in rows]) for name in sizes}
+        texts = [row["caption"] for row in rows]
+        if tokenizer is not None:
+            batch["tokens"] = tokenizer.encode(texts, context_length, warn=False)
+        if captions:
+            batch["caption"] = texts
+        return batch, [bad for bads in skipped for bad in bads]
+
+    indices = grain.MapDataset.range(len(source))
+    if shuffle and not source.endless:
+        indices = indices.shuffle(seed=seed % 2**32)  # all that grain takes
+    # Whole local batches are dealt out to the processes, so that the rows of all of
+    # them, one after the other, are the batch that one process alone would have.
+    dataset = (
+        indices.repeat()
+        .map_with_index(load)
+        .batch(batch_size // process_count, batch_fn=collate)
+    )[process_index::process_count]
+    iterator = iter(
+        dataset.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        )
+    )
+    iterator.set_state({"next_index": step})
+    return Batches(iterator)
+
+
+def _square(
+    example: dict, largest: int, crop: str, rng: np.random.Generator
+) -> Callable[[int], np.ndarray]:
+    """The picture's square as a function of the size wanted."""
+    picture = example["image"]
+    if callable(picture):
+        return picture
+    try:
+        square = images.crop_square(images.read(picture, largest), crop, rng)
+    except UserError as error:
+        raise BadExample("unreadable picture", f"{example['key']} ({error})") from error
+    return lambda size: images.resize_square(square, size)
+
+
+def _random_part(
+    picture: np.ndarray, side: int, rng: np.random.Generator
+) -> np.ndarray:
+    y, x = rng.integers(len(picture) - side + 1, size=2)
+    return picture[y : y + side, x : x + side]

@@ -1,0 +1,154 @@
+"""Captions to tokens, with CLIP's byte-level BPE: the public one, or one trained here.
+
+The vocabulary is laid out as CLIP's: 256 bytes, 256 bytes that end a word, the merges
+in order, <|startoftext|>, <|endoftext|>. The end token so has the greatest id, by which
+CLIP's text tower finds it.
+"""
+
+import json
+import os
+import re
+import textwrap
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from dalle2_jax.errors import UserError, first_line
+
+SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+SMALLEST = 512 + len(SPECIALS)
+
+
+class Tokenizer:
+    """Wraps a CLIP tokenizer of transformers.
+
+    Attributes: vocab_size, and the ids sot (start of text), eot (end of text) and pad.
+    """
+
+    def __init__(self, wrapped):
+        self._wrapped = wrapped
+        self._backend = wrapped.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.vocab_size: int = len(wrapped)
+        self.sot: int = wrapped.bos_token_id
+        self.eot: int = wrapped.eos_token_id
+        self.pad: int = wrapped.pad_token_id
+
+    def encode(
+        self, texts: Sequence[str], context_length: int, warn: bool = True
+    ) -> Int32[np.ndarray, "n {context_length}"]:
+        """Start token, text, end token, then padding.
+
+        A text that is too long is cut so that the end token still fits, with a warning
+        unless told otherwise.
+        """
+        tokens = np.full((len(texts), context_length), self.pad, np.int32)
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        for row, text, encoding in zip(tokens, texts, encodings, strict=True):
+            ids = [self.sot, *encoding.ids[: context_length - 2], self.eot]
+            row[: len(ids)] = ids
+            if warn and len(encoding.ids) > context_length - 2:
+                warnings.warn(
+                    f'"{textwrap.shorten(text, 60)}" is {len(encoding.ids)} tokens '
+                    f"long, and was cut to the {context_length - 2} that are read",
+                    stacklevel=2,
+                )
+        return tokens
+
+    def lengths(
+        self, tokens: Int32[np.ndarray, "n context_length"]
+    ) -> Int32[np.ndarray, " n"]:
+        """How many tokens come before the padding, start and end included."""
+        return (tokens == self.eot).argmax(axis=1).astype(np.int32) + 1
+
+    def decode(self, tokens: Int32[np.ndarray, " context_length"]) -> str:
+        """The text of one row of tokens, as the tokenizer saw it: in lower case."""
+        return self._wrapped.decode(tokens, skip_special_tokens=True).strip()
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the files that `load`, and transformers, read."""
+        self._wrapped.save_pretrained(folder)
+
+
+def load(path: str | os.PathLike) -> Tokenizer:
+    """A CLIP tokenizer from a folder, or by its name on the Hugging Face hub.
+
+    Raises UserError if there is none.
+    """
+    from transformers import CLIPTokenizer
+
+    local = Path(path).is_dir()
+    if not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
+        raise UserError(f"there is no folder {path} to load a tokenizer from")
+    try:
+        wrapped = CLIPTokenizer.from_pretrained(str(path))
+    # A damaged file surfaces as nearly any exception, the hub's as OSError.
+    except Exception as error:
+        where = "the folder" if local else "neither a folder here nor on the hub:"
+        raise UserError(
+            f"found no tokenizer, {where} {path} ({first_line(error)})"
+        ) from error
+    if len(wrapped) < SMALLEST:  # transformers makes up a vocabulary if it finds none
+        raise UserError(
+            f"the folder {path} holds no CLIP tokenizer: it needs tokenizer.json, "
+            "or vocab.json and merges.txt"
+        )
+    return Tokenizer(wrapped)
+
+
+def train(captions: Iterable[str], vocab_size: int, context_length: int) -> Tokenizer:
+    """Learns the merges of a vocabulary of at most `vocab_size` from captions.
+
+    `context_length` is stored for those who load it with transformers. The order of the
+    captions does not matter. Raises UserError if `vocab_size` is below 514 or there are
+    no captions.
+    """
+    from tokenizers.trainers import BpeTrainer
+
+    if vocab_size < SMALLEST:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: the bytes and the specials "
+            f"alone are {SMALLEST}"
+        )
+    captions = sorted(captions)
+    if not captions:
+        raise UserError("there are no captions to train a tokenizer on")
+    alphabet = _byte_alphabet()
+    backend = _clip(alphabet, [], context_length).backend_tokenizer
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    backend.train_from_iterator(captions, trainer)
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    return Tokenizer(_clip(alphabet, merges[: vocab_size - SMALLEST], context_length))
+
+
+def _clip(alphabet: list[str], merges: list, context_length: int):
+    """A CLIP tokenizer of transformers with these merges."""
+    from transformers import CLIPTokenizer
+
+    words = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    words += [first + second for first, second in merges]
+    words = list(dict.fromkeys(words))  # two merges can make the same word
+    words += SPECIALS
+    return CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=[tuple(merge) for merge in merges],
+        model_max_length=context_length,
+    )
+
+
+def _byte_alphabet() -> list[str]:
+    """A printable character for each byte, in the order of CLIP's vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [
+        chr(256 + i) for i in range(len(others))
+    ]

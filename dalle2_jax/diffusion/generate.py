@@ -1,0 +1,74 @@
+"""A sample from a conditional network, by the settings that go with it.
+
+The settings are two sections of a config. `diffusion` says how the network was trained:
+schedule, steps, predict, variance, min_snr_gamma. `sampling` says how it is run:
+
+    sampler    "ddpm", "ddim" or "dpm_solver"
+    steps      how many, or which (see schedule.respace)
+    guidance   scale of classifier-free guidance; 1 for none
+    eta        noise of "ddim", 0 to 1
+    clip       limit of the predicted |x0|, or None
+    threshold  percentile of dynamic thresholding above that limit, or None
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from dalle2_jax.diffusion import guide, sample, schedule
+from dalle2_jax.errors import UserError
+
+SAMPLERS = ("ddpm", "ddim", "dpm_solver")
+
+
+def generate(
+    apply: Callable[[Array, Array, Any], Array],
+    cond: Any,
+    null: Any,
+    draw: sample.Draw,
+    diffusion: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+) -> Float[Array, "b ..."]:
+    """Samples x0, one for each entry of the condition.
+
+    Args:
+      apply: the network, (x_t, timesteps, condition) -> output.
+      cond: the condition, a pytree of [b, ...].
+      null: the same without the condition, for guidance.
+      draw: the noise; draw(0) is x_T.
+      diffusion, sampling: see the module.
+
+    Raises:
+      UserError: the sampler is unknown.
+    """
+    table = schedule.make(diffusion["schedule"], diffusion["steps"])
+    table = schedule.respace(table, sampling["steps"])
+    x = draw(0)
+    denoise = guide.denoiser(
+        guide.classifier_free(
+            apply, cond, null, sampling["guidance"], channels=x.shape[-1]
+        ),
+        table,
+        predict=diffusion["predict"],
+        variance=diffusion["variance"],
+        transform=_transform(sampling["clip"], sampling["threshold"]),
+    )
+    match sampling["sampler"]:
+        case "ddpm":
+            return sample.ddpm(denoise, table, x, draw)
+        case "ddim":
+            return sample.ddim(denoise, table, x, draw, sampling["eta"])
+        case "dpm_solver":
+            return sample.dpm_solver(denoise, table, x)
+    raise UserError(
+        f"sampler is {sampling['sampler']!r}: must be one of {', '.join(SAMPLERS)}"
+    )
+
+
+def _transform(clip: float | None, threshold: float | None) -> guide.Transform | None:
+    if clip is None:
+        return None
+    if threshold is None:
+        return guide.clip_x0(clip)
+    return guide.dynamic_threshold(threshold, clip)

@@ -1,0 +1,224 @@
+"""The diffusion process: what training and sampling compute at one noise level.
+
+    x_i = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps                  (DDPM, eq. 4)
+
+Arrays have the batch first and channels last. `i` indexes the schedule: int32, [b] or a
+scalar. What a network predicts ("predict") is one of
+  "eps"  the noise,
+  "x0"   the data,
+  "v"    sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0  (Salimans and Ho 2022).
+The log variance of p(x_{i-1} | x_i) ("variance") is
+  "fixed_small"    that of the posterior q(x_{i-1} | x_i, x_0),
+  "fixed_large"    log beta,
+  "learned_range"  predicted between the two, by channels that follow the prediction's.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import log_ndtr
+from jaxtyping import Array, Float, Int
+
+from dalle2_jax.diffusion.schedule import Schedule, at
+from dalle2_jax.errors import UserError
+
+PREDICTS = ("eps", "x0", "v")
+VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+
+X = Float[Array, "..."]
+Index = Int[Array, "*b"]
+
+
+def q_sample(schedule: Schedule, x0: X, i: Index, eps: X) -> X:
+    """Diffuses `x0` to level `i` with the standard normal noise `eps`."""
+    signal, noise = _scales(schedule, i, x0)
+    return signal * x0 + noise * eps
+
+
+def target(schedule: Schedule, predict: str, x0: X, eps: X, i: Index) -> X:
+    """Returns what the network should predict."""
+    signal, noise = _scales(schedule, i, x0)
+    match predict:
+        case "eps":
+            return eps
+        case "x0":
+            return x0
+        case "v":
+            return signal * eps - noise * x0
+    raise _unknown("predict", predict, PREDICTS)
+
+
+def to_x0(schedule: Schedule, predict: str, output: X, x_t: X, i: Index) -> X:
+    """Returns the x0 that a prediction at `x_t` implies."""
+    signal, noise = _scales(schedule, i, x_t)
+    match predict:
+        case "eps":
+            return (x_t - noise * output) / signal
+        case "x0":
+            return output
+        case "v":
+            return signal * x_t - noise * output
+    raise _unknown("predict", predict, PREDICTS)
+
+
+def to_eps(schedule: Schedule, predict: str, output: X, x_t: X, i: Index) -> X:
+    """Returns the noise that a prediction at `x_t` implies."""
+    signal, noise = _scales(schedule, i, x_t)
+    match predict:
+        case "eps":
+            return output
+        case "x0":
+            return (x_t - signal * output) / noise
+        case "v":
+            return noise * x_t + signal * output
+    raise _unknown("predict", predict, PREDICTS)
+
+
+def posterior_mean(schedule: Schedule, x0: X, x_t: X, i: Index) -> X:
+    """Mean of q(x_{i-1} | x_i, x_0) (DDPM, eq. 7)."""
+    s = schedule
+    of_x0 = np.sqrt(s.alpha_bar_prev) * s.betas / (1 - s.alpha_bar)
+    of_x_t = np.sqrt(1 - s.betas) * (1 - s.alpha_bar_prev) / (1 - s.alpha_bar)
+    return at(of_x0, i, x_t) * x0 + at(of_x_t, i, x_t) * x_t
+
+
+def split(output: X, variance: str) -> tuple[X, X | None]:
+    """Parts the network's output into the prediction and v, None unless learned."""
+    match variance:
+        case "fixed_small" | "fixed_large":
+            return output, None
+        case "learned_range":
+            prediction, v = jnp.split(output, 2, axis=-1)
+            return prediction, v
+    raise _unknown("variance", variance, VARIANCES)
+
+
+def log_variance(
+    schedule: Schedule, variance: str, v: X | None, x_t: X, i: Index
+) -> Float[Array, "..."]:
+    """Log variance of p(x_{i-1} | x_i), of a shape that broadcasts over `x_t`.
+
+    At i = 0 the posterior has no variance, and that of i = 1 stands in for it.
+    """
+    small = schedule.posterior_log_variance
+    match variance:
+        case "fixed_small":
+            return at(small, i, x_t)
+        case "fixed_large":
+            return at(np.append(small[0], np.log(schedule.betas[1:])), i, x_t)
+        case "learned_range":
+            # Nichol and Dhariwal 2021, eq. 15, with v in [-1, 1] (not enforced).
+            most, least = at(np.log(schedule.betas), i, x_t), at(small, i, x_t)
+            fraction = (v + 1) / 2
+            return fraction * most + (1 - fraction) * least
+    raise _unknown("variance", variance, VARIANCES)
+
+
+def loss(
+    schedule: Schedule,
+    output: X,
+    x0: X,
+    x_t: X,
+    eps: X,
+    i: Int[Array, " b"],
+    *,
+    predict: str,
+    variance: str,
+    min_snr_gamma: float | int | None = None,
+) -> Float[Array, " b"]:
+    """The training loss of each example, float32.
+
+    The mean squared error of the target and, where the variance is learned, the
+    variational bound in bits per dimension, times steps / 1000 and with no gradient to
+    the prediction: L_hybrid (Nichol and Dhariwal 2021, eq. 16) as guided-diffusion
+    scales it.
+
+    Args:
+      schedule: the one that `i` indexes.
+      output: of the network at `x_t`, [b, ..., c], or [b, ..., 2c] with learned range.
+      x0: data, [b, ..., c], in [-1, 1] with learned range (8-bit images).
+      x_t: `q_sample(schedule, x0, i, eps)`.
+      eps: standard normal noise.
+      i: level of each example.
+      min_snr_gamma: caps the squared error's weight, in terms of x0, at this
+        signal-to-noise ratio (Hang et al. 2023; 5 is theirs). None: no weights.
+    """
+    prediction, v = split(output.astype(jnp.float32), variance)
+    if prediction.shape != x_t.shape:
+        raise ValueError(
+            f"the network predicts {prediction.shape} for x_t {x_t.shape} with variance"
+            f" {variance!r}; only learned_range takes twice the channels"
+        )
+    error = _mean(jnp.square(prediction - target(schedule, predict, x0, eps, i)))
+    if min_snr_gamma is not None:
+        error *= at(_min_snr(schedule, predict, min_snr_gamma), i, error)
+    if v is None:
+        return error
+    frozen = to_x0(schedule, predict, jax.lax.stop_gradient(prediction), x_t, i)
+    bound = variational_bound(schedule, frozen, v, x0, x_t, i)
+    return error + bound * (schedule.steps / 1000)
+
+
+def variational_bound(
+    schedule: Schedule, predicted_x0: X, v: X, x0: X, x_t: X, i: Int[Array, " b"]
+) -> Float[Array, " b"]:
+    """The term of the variational bound at level `i`, in bits per dimension.
+
+    KL(q(x_{i-1} | x_i, x_0) ‖ p(x_{i-1} | x_i)), and -log p(x_0 | x_1) at i = 0, where
+    p is a normal integrated over the bins of 8-bit values (DDPM, eqs. 5 and 13).
+    """
+    mean = posterior_mean(schedule, predicted_x0, x_t, i)
+    log_var = log_variance(schedule, "learned_range", v, x_t, i)
+    true_mean = posterior_mean(schedule, x0, x_t, i)
+    true_log_var = log_variance(schedule, "fixed_small", None, x_t, i)
+    difference = true_log_var - log_var
+    kl = 0.5 * (
+        jnp.exp(difference)
+        - 1
+        - difference
+        + jnp.square(true_mean - mean) * jnp.exp(-log_var)
+    )
+    nll = -_log_likelihood(x0, mean, 0.5 * log_var)
+    return jnp.where(i == 0, _mean(nll), _mean(kl)) / math.log(2)
+
+
+def _log_likelihood(x: X, mean: X, log_sigma: X) -> X:
+    """log P(bin of x) under a normal, for 8-bit values mapped to [-1, 1].
+
+    The outermost bins reach to infinity. Tails are mirrored to the left, where the
+    logarithm of the normal's distribution function keeps its precision.
+    """
+    width, sigma = 1 / 255, jnp.exp(log_sigma)
+    off = jnp.abs(x - mean)
+    upper = log_ndtr((width - off) / sigma)
+    lower = log_ndtr((-width - off) / sigma)
+    inner = upper + jnp.log(-jnp.expm1(lower - upper))
+    outer = log_ndtr((width - jnp.sign(x) * (x - mean)) / sigma)
+    return jnp.where(jnp.abs(x) > 0.999, outer, inner)
+
+
+def _min_snr(
+    schedule: Schedule, predict: str, gamma: float | int
+) -> Float[np.ndarray, " n"]:
+    """Weights that make the squared error min(snr, gamma) times that of x0."""
+    snr = schedule.snr
+    of_x0 = {"eps": snr, "x0": 1, "v": snr + 1}
+    return np.minimum(snr, gamma) / of_x0[predict]
+
+
+def _scales(schedule: Schedule, i: Index, x: X) -> tuple[X, X]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), to broadcast over `x`."""
+    return (
+        at(np.sqrt(schedule.alpha_bar), i, x),
+        at(np.sqrt(1 - schedule.alpha_bar), i, x),
+    )
+
+
+def _mean(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    return x.mean(axis=range(1, x.ndim))
+
+
+def _unknown(name: str, value: str, allowed: tuple[str, ...]) -> UserError:
+    return UserError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")

@@ -1,0 +1,1 @@
+"""Measures models by what they make."""

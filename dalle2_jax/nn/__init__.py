@@ -1,0 +1,1 @@
+"""Networks (flax.linen): no diffusion maths and no losses."""

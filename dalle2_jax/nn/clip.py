@@ -1,0 +1,188 @@
+"""CLIP's two towers: a vision transformer and a causal text transformer.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language
+Supervision" (arXiv 2103.00020). Module and parameter layout hold OpenAI's weights.
+"""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dalle2_jax.nn.layers import LayerNorm, Transformer, causal_mask
+
+_embedding = nn.initializers.normal(0.02)
+
+
+class VisionTower(nn.Module):
+    """ViT with a class token; its final state, projected, is the image embedding."""
+
+    embed_dim: int
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    activation: str = "gelu"
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
+        b, p, width = image.shape[0], self.patch_size, self.width
+        x = nn.Conv(
+            width,
+            (p, p),
+            strides=(p, p),
+            padding="VALID",
+            use_bias=False,
+            dtype=self.dtype,
+            name="patch_embedding",
+        )(image).reshape(b, -1, width)
+        token = self.param("class_embedding", _embedding, (width,))
+        positions = self.param(
+            "position_embedding", _embedding, (x.shape[1] + 1, width)
+        )
+        token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, width))
+        x = jnp.concatenate([token, x], axis=1) + positions.astype(x.dtype)
+        x = LayerNorm(name="ln_pre")(x)
+        x = Transformer(
+            self.layers,
+            self.heads,
+            self.activation,
+            self.remat,
+            self.dtype,
+            name="transformer",
+        )(x)
+        x = LayerNorm(name="ln_post")(x[:, 0])
+        return nn.Dense(
+            self.embed_dim, use_bias=False, dtype=self.dtype, name="projection"
+        )(x).astype(jnp.float32)
+
+
+class TextTower(nn.Module):
+    """Causal transformer; its state at the end-of-text token is the text embedding."""
+
+    embed_dim: int
+    vocab_size: int
+    context_length: int
+    width: int
+    layers: int
+    heads: int
+    eot: int
+    activation: str = "gelu"
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b d"], Float[Array, "b t w"]]:
+        embed = nn.Embed(
+            self.vocab_size,
+            self.width,
+            embedding_init=_embedding,
+            dtype=self.dtype,
+            name="token_embedding",
+        )
+        positions = self.param(
+            "position_embedding",
+            nn.initializers.normal(0.01),
+            (self.context_length, self.width),
+        )
+        length = tokens.shape[1]
+        x = embed(tokens) + positions[:length].astype(self.dtype)
+        x = Transformer(
+            self.layers,
+            self.heads,
+            self.activation,
+            self.remat,
+            self.dtype,
+            name="transformer",
+        )(x, causal_mask(length))
+        x = LayerNorm(name="ln_final")(x)
+        end = jnp.argmax(tokens == self.eot, axis=-1)  # the first end-of-text
+        pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        z_text = nn.Dense(
+            self.embed_dim, use_bias=False, dtype=self.dtype, name="projection"
+        )(pooled)
+        return z_text.astype(jnp.float32), x
+
+
+class CLIP(nn.Module):
+    """Both towers and the learned temperature.
+
+    Embeddings are the raw projections, not normalised to unit length; losses and
+    scores normalise them.
+
+    Attributes:
+      embed_dim: dimension d of the shared embedding space.
+      image_size, patch_size: side of the input picture and of one patch, in pixels.
+      vision_width, vision_layers, vision_heads: the image transformer.
+      vocab_size, context_length: of the tokenizer; ``eot`` is its end-of-text id.
+      text_width, text_layers, text_heads: the text transformer.
+      activation: "gelu" (exact) or "quick_gelu" (OpenAI's weights).
+    """
+
+    embed_dim: int
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    vocab_size: int
+    context_length: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    eot: int
+    activation: str = "gelu"
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        shared = {
+            "embed_dim": self.embed_dim,
+            "activation": self.activation,
+            "remat": self.remat,
+            "dtype": self.dtype,
+        }
+        self.vision = VisionTower(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            width=self.vision_width,
+            layers=self.vision_layers,
+            heads=self.vision_heads,
+            **shared,
+        )
+        self.text = TextTower(
+            vocab_size=self.vocab_size,
+            context_length=self.context_length,
+            width=self.text_width,
+            layers=self.text_layers,
+            heads=self.text_heads,
+            eot=self.eot,
+            **shared,
+        )
+        self.logit_scale = self.param(
+            "logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ()
+        )
+
+    def encode_image(self, image: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
+        """Picture, normalised by CLIP's mean and deviation -> z_image (unscaled)."""
+        return self.vision(image)
+
+    def encode_text(
+        self, tokens: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b d"], Float[Array, "b t w"]]:
+        """Token ids -> (z_text, the final states of every position)."""
+        return self.text(tokens)
+
+    def __call__(
+        self, image: Float[Array, "b s s 3"], tokens: Int[Array, "n t"]
+    ) -> tuple[Float[Array, "b d"], Float[Array, "n d"], Float[Array, ""]]:
+        """(z_image, z_text, temperature), the temperature clipped at 100."""
+        z_text, _ = self.encode_text(tokens)
+        temperature = jnp.exp(jnp.minimum(self.logit_scale, math.log(100.0)))
+        return self.encode_image(image), z_text, temperature

@@ -1,0 +1,82 @@
+"""The diffusion prior: a causal transformer from a caption to an image embedding.
+
+Section 2.2 of arXiv 2204.06125, laid out as in Karlo.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
+
+from dalle2_jax.nn.layers import (
+    LayerNorm,
+    Transformer,
+    causal_mask,
+    timestep_embedding,
+)
+
+
+class DiffusionPrior(nn.Module):
+    """Predicts the unnoised image embedding from a noised one and the caption.
+
+    The sequence is [text states, text embedding, timestep, noised image embedding,
+    learned query]; the query's output is the prediction (x0).
+
+    Attributes:
+      clip_dim: dimension d of CLIP's embeddings.
+      context_length: number of text states.
+      width, layers, heads: the transformer.
+    """
+
+    clip_dim: int
+    context_length: int
+    width: int
+    layers: int
+    heads: int
+    activation: str = "gelu"
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x_t: Float[Array, "b d"],
+        t: Num[Array, " b"],
+        z_text: Float[Array, "b d"],
+        text_states: Float[Array, "b l w"],
+        mask: Bool[Array, "b l"],
+    ) -> Float[Array, "b d"]:
+        """Args: ``mask`` is True on the caption's tokens and False on its padding."""
+        b = x_t.shape[0]
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, name=name)
+
+        time = timestep_embedding(t, self.width).astype(self.dtype)
+        time = dense(self.width, "time_in")(time)
+        time = dense(self.width, "time_out")(nn.silu(time))
+        query = self.param("query", nn.initializers.normal(0.02), (self.width,))
+        tokens = [
+            dense(self.width, "text_states_in")(text_states),
+            dense(self.width, "z_text_in")(z_text)[:, None],
+            time[:, None],
+            dense(self.width, "z_image_in")(x_t)[:, None],
+            jnp.broadcast_to(query.astype(self.dtype), (b, 1, self.width)),
+        ]
+        x = jnp.concatenate(tokens, axis=1)
+        positions = self.param(
+            "position_embedding",
+            nn.initializers.normal(0.01),
+            (self.context_length + 4, self.width),
+        )
+        x = x + positions.astype(x.dtype)
+        visible = jnp.pad(mask, ((0, 0), (0, 4)), constant_values=True)
+        x = Transformer(
+            self.layers,
+            self.heads,
+            self.activation,
+            self.remat,
+            self.dtype,
+            name="transformer",
+        )(x, causal_mask(x.shape[1]) & visible[:, None, None])
+        x = LayerNorm(name="ln_out")(x[:, -1])
+        return dense(self.clip_dim, "z_image_out")(x).astype(jnp.float32)

@@ -1,0 +1,225 @@
+"""The U-Net of GLIDE and ADM, for the decoder and the upsamplers.
+
+Dhariwal & Nichol (arXiv 2105.05233) and Nichol et al. (GLIDE, arXiv 2112.10741): two
+convolutions a residual block, resampling inside residual blocks, and attention in
+which the context's keys and values stand beside the image's own.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
+
+from dalle2_jax.nn.layers import (
+    GroupNorm,
+    attention,
+    downsample,
+    timestep_embedding,
+    upsample,
+)
+
+_RESAMPLE = {"none": lambda x: x, "up": upsample, "down": downsample}
+
+
+class ResBlock(nn.Module):
+    """norm, silu, [resample], conv; conditioning; norm, silu, dropout, conv; + skip.
+
+    Attributes:
+      channels: output channels.
+      resample: "none", "up" (nearest) or "down" (2×2 mean), applied to both branches.
+      scale_shift: whether the embedding modulates the second norm, or is added.
+    """
+
+    channels: int
+    resample: str = "none"
+    scale_shift: bool = True
+    groups: int = 32
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], train: bool
+    ) -> Float[Array, "b h2 w2 c2"]:
+        def conv(size: int, name: str, init=nn.initializers.lecun_normal()) -> nn.Conv:
+            return nn.Conv(
+                self.channels,
+                (size, size),
+                dtype=self.dtype,
+                kernel_init=init,
+                name=name,
+            )
+
+        resample = _RESAMPLE[self.resample]
+        h = nn.silu(GroupNorm(self.groups, name="norm_1")(x))
+        h = conv(3, "conv_1")(resample(h))
+        x = resample(x)
+        width = self.channels * (2 if self.scale_shift else 1)
+        e = nn.Dense(width, dtype=self.dtype, name="embedding")(nn.silu(embedding))
+        norm = GroupNorm(self.groups, name="norm_2")
+        if self.scale_shift:
+            h = norm(h, *jnp.split(e.astype(jnp.float32), 2, axis=-1))
+        else:
+            h = norm(h + e[:, None, None])
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = conv(3, "conv_2", nn.initializers.zeros)(h)
+        if x.shape[-1] != self.channels:
+            x = conv(1, "skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over pixels, with the context as additional keys and values."""
+
+    head_channels: int = 64
+    groups: int = 32
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        context: Float[Array, "b t d"] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        heads = c // self.head_channels
+
+        def project(y: Array, count: int, name: str) -> list[Array]:
+            y = nn.Dense(count * c, dtype=self.dtype, name=name)(y)
+            y = y.reshape(b, -1, count * heads, self.head_channels)
+            return jnp.split(y, count, axis=2)
+
+        y = GroupNorm(self.groups, name="norm")(x).reshape(b, h * w, c)
+        q, k, v = project(y, 3, "qkv")
+        if context is not None:
+            context_k, context_v = project(context, 2, "context_kv")
+            k = jnp.concatenate([context_k, k], axis=1)
+            v = jnp.concatenate([context_v, v], axis=1)
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (0, h * w)), constant_values=True)
+            mask = mask[:, None, None]
+        y = attention(q, k, v, mask).reshape(b, h * w, c)
+        y = nn.Dense(
+            c, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out"
+        )(y)
+        return x + y.reshape(b, h, w, c)
+
+
+class UNet(nn.Module):
+    """ADM's U-Net.
+
+    Attributes:
+      channels, multipliers: channels of level l are channels · multipliers[l]; level
+        l works at 1/2^l of the input's side.
+      blocks: residual blocks a level.
+      out_channels: 3, or 6 with a learned variance.
+      attention_levels: levels that attend; the middle does if any level does.
+      head_channels: channels of one attention head.
+      scale_shift: how the embedding enters (see ResBlock).
+      dropout: rate in the residual blocks, in training.
+      groups: of the group norms; must divide the channels of every level.
+      remat: recompute residual and attention blocks in the backward pass.
+    """
+
+    channels: int
+    multipliers: tuple[int, ...]
+    blocks: int
+    out_channels: int
+    attention_levels: tuple[int, ...] = ()
+    head_channels: int = 64
+    scale_shift: bool = True
+    dropout: float = 0.0
+    groups: int = 32
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        t: Num[Array, " b"],
+        vector: Float[Array, "b e"] | None = None,
+        context: Float[Array, "b t d"] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
+        train: bool = False,
+    ) -> Float[Array, "b h w o"]:
+        """Denoise.
+
+        Args:
+          x: noised image (and what is concatenated to it), [-1, 1] scale; h and w must
+            be divisible by 2^(levels - 1).
+          t: timesteps as the training schedule counts them.
+          vector: added to the timestep's embedding; its width is 4 · channels.
+          context: more keys and values for every attention.
+          mask: True where the context may be seen.
+          train: whether dropout is on (needs the "dropout" rng).
+
+        Returns:
+          float32, the network's raw output.
+        """
+        width = 4 * self.channels
+        block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        attend = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+
+        def res(x: Array, channels: int, name: str, resample: str = "none") -> Array:
+            return block(
+                channels,
+                resample,
+                self.scale_shift,
+                self.groups,
+                self.dropout,
+                self.dtype,
+                name=name,
+            )(x, embedding, train)
+
+        def attn(x: Array, name: str) -> Array:
+            return attend(self.head_channels, self.groups, self.dtype, name=name)(
+                x, context, mask
+            )
+
+        embedding = timestep_embedding(t, self.channels).astype(self.dtype)
+        embedding = nn.Dense(width, dtype=self.dtype, name="time_in")(embedding)
+        embedding = nn.silu(embedding)
+        embedding = nn.Dense(width, dtype=self.dtype, name="time_out")(embedding)
+        if vector is not None:
+            embedding = embedding + vector.astype(self.dtype)
+
+        last = len(self.multipliers) - 1
+        x = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(
+            x.astype(self.dtype)
+        )
+        skips = [x]
+        for level, multiplier in enumerate(self.multipliers):
+            channels = self.channels * multiplier
+            for i in range(self.blocks):
+                x = res(x, channels, f"down_{level}_res_{i}")
+                if level in self.attention_levels:
+                    x = attn(x, f"down_{level}_attn_{i}")
+                skips.append(x)
+            if level < last:
+                x = res(x, channels, f"down_{level}_downsample", "down")
+                skips.append(x)
+
+        x = res(x, channels, "mid_res_0")
+        if self.attention_levels:
+            x = attn(x, "mid_attn")
+        x = res(x, channels, "mid_res_1")
+
+        for level, multiplier in reversed(list(enumerate(self.multipliers))):
+            channels = self.channels * multiplier
+            for i in range(self.blocks + 1):
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = res(x, channels, f"up_{level}_res_{i}")
+                if level in self.attention_levels:
+                    x = attn(x, f"up_{level}_attn_{i}")
+            if level > 0:
+                x = res(x, channels, f"up_{level}_upsample", "up")
+
+        x = nn.silu(GroupNorm(self.groups, name="norm_out")(x))
+        return nn.Conv(
+            self.out_channels,
+            (3, 3),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.zeros,
+            name="conv_out",
+        )(x).astype(jnp.float32)

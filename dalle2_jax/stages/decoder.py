@@ -1,0 +1,152 @@
+"""The decoder stage: from a CLIP image embedding and a caption to a small picture."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from dalle2_jax.data import image, tokenizer
+from dalle2_jax.diffusion import generate, sample, schedule
+from dalle2_jax.nn.decoder import Caption, Decoder
+from dalle2_jax.stages.stage import (
+    Batch,
+    Stage,
+    add_part,
+    clip_module,
+    denoising_loss,
+    drop_caption,
+    dtype_of,
+    encode_caption,
+    encode_image,
+    load_base,
+    make_batches,
+)
+
+
+def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
+    """Decoder's arguments: ``config.net`` with the numbers of CLIP's net."""
+    net = {**config.net.to_dict(), "clip_dim": clip["embed_dim"]}
+    if net["text_encoder"] is not None:
+        words = {k: clip[k] for k in ("vocab_size", "context_length", "eot")}
+        net["text_encoder"] = {**net["text_encoder"], **words}
+    return net
+
+
+def make(config: ConfigDict) -> Stage:
+    """The stage that ``configs/decoder.py`` describes."""
+    base = load_base(config)
+    dtype = dtype_of(config)
+    clip = clip_module(base, dtype)
+    text = tokenizer.load(base.tokenizer_dir)
+    empty = text.encode([""], clip.context_length)[0]
+    net = network(config, base.config["parts"]["clip"]["net"])
+    model = Decoder(**net, dtype=dtype)
+    diffusion = config.diffusion.to_dict()
+    table = schedule.make(diffusion["schedule"], diffusion["steps"])
+    size = config.size
+    sizes = {"image": size, "clip_image": clip.image_size}
+
+    def see(frozen: Any, batch: Batch) -> Array:
+        pictures = image.to_float(batch["clip_image"])
+        return encode_image(clip, frozen["clip"], pictures)
+
+    def init(key: Array) -> Any:
+        caption = Caption(
+            tokens=jnp.zeros((1, clip.context_length), jnp.int32),
+            z_text=jnp.zeros((1, clip.embed_dim)),
+            states=jnp.zeros((1, clip.context_length, clip.text_width)),
+            mask=jnp.ones((1, clip.context_length), bool),
+        )
+        z_image = jnp.zeros((1, clip.embed_dim))
+        has_image = jnp.ones(1, bool)
+        x_t = jnp.zeros((1, size, size, 3))
+        return model.init(key, x_t, jnp.zeros(1), z_image, has_image, caption)["params"]
+
+    def losses(
+        params: Any,
+        frozen: Any,
+        batch: Batch,
+        tokens: Array,
+        has_image: Array,
+        key: Array,
+        train: bool,
+    ) -> Array:
+        caption = encode_caption(clip, frozen["clip"], tokens)
+        z_image = see(frozen, batch)
+        key, key_dropout = jax.random.split(key)
+
+        def denoise(x_t: Array, t: Array) -> Array:
+            return model.apply(
+                {"params": params},
+                x_t,
+                t,
+                z_image,
+                has_image,
+                caption,
+                train,
+                rngs={"dropout": key_dropout},
+            )
+
+        x0 = image.to_float(batch["image"])
+        return denoising_loss(denoise, table, x0, key, diffusion)
+
+    def loss(params: Any, frozen: Any, batch: Batch, key: Array):
+        key, key_caption, key_image = jax.random.split(key, 3)
+        tokens = batch["tokens"]
+        b = tokens.shape[:1]
+        # Section 2.1: each condition is dropped on its own, for guidance.
+        drop = jax.random.bernoulli(key_caption, config.drop_caption, b)
+        has_image = ~jax.random.bernoulli(key_image, config.drop_image, b)
+        tokens = drop_caption(tokens, empty, drop)
+        return losses(params, frozen, batch, tokens, has_image, key, True).mean(), {}
+
+    def metrics(params: Any, frozen: Any, batch: Batch, key: Array):
+        tokens = batch["tokens"]
+        has_image = jnp.ones(tokens.shape[:1], bool)
+        return {"loss": losses(params, frozen, batch, tokens, has_image, key, False)}
+
+    def preview(params: Any, frozen: Any, batch: Batch, key: Array):
+        shown = jax.tree.map(lambda x: x[:16], dict(batch))
+        tokens, z_image = shown["tokens"], see(frozen, shown)
+        b = len(tokens)
+
+        def context(has_image: bool, tokens: Array) -> Any:
+            caption = encode_caption(clip, frozen["clip"], tokens)
+            has = jnp.full(b, has_image)
+            variables = {"params": params}
+            return model.apply(variables, z_image, has, caption, method="context")
+
+        x = generate.generate(
+            lambda x_t, t, c: model.apply(
+                {"params": params}, x_t, t, c, method="denoise"
+            ),
+            context(True, tokens),
+            context(False, jnp.broadcast_to(empty, tokens.shape)),
+            sample.gaussian(jax.random.split(key, b), (size, size, 3)),
+            diffusion,
+            config.sampling.to_dict(),
+        )
+        return {"true": shown["image"], "sampled": image.to_uint8(x)}
+
+    def export(params: Any) -> dict[str, Any]:
+        part = {
+            "net": net,
+            "diffusion": diffusion,
+            "sampling": config.sampling.to_dict(),
+            "size": size,
+        }
+        return add_part(base, "decoder", part, params, text)
+
+    return Stage(
+        name="decoder",
+        frozen={"clip": base.params["clip"]},
+        init=init,
+        loss=loss,
+        metrics=metrics,
+        preview=preview,
+        batches=make_batches(config, sizes, text, clip.context_length),
+        export=export,
+    )

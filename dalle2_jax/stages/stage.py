@@ -1,0 +1,198 @@
+"""What a stage is, and what the stages share.
+
+A stage is a record of pure functions, as optax's transformations are: the training
+loop knows nothing else of what it trains.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
+
+from dalle2_jax import checkpoint
+from dalle2_jax.data import batches, image, sources, tokenizer
+from dalle2_jax.diffusion import process, schedule
+from dalle2_jax.errors import UserError
+from dalle2_jax.nn.clip import CLIP
+from dalle2_jax.nn.decoder import Caption
+from dalle2_jax.nn.layers import text_mask
+
+Batch = Mapping[str, Array]
+Scalars = dict[str, Array]
+
+
+class Stage(NamedTuple):
+    """One trainable part of the model.
+
+    Attributes:
+      name: the part's name in an exported model.
+      frozen: parameters that are read but not trained; an argument of every function
+        below, so that no compiled program holds them as constants.
+      init: key -> params.
+      loss: (params, frozen, batch, key) -> (scalar, {name: scalar}).
+      metrics: (params, frozen, batch, key) -> {name: [b]}, for held-out pictures.
+      preview: (params, frozen, batch, key) -> {name: uint8 pictures or a scalar}.
+      batches: (split, step) -> iterator of batches from that step on; split is "train"
+        or "heldout".
+      export: params -> the arguments of checkpoint.export, the workdir excepted.
+    """
+
+    name: str
+    frozen: Any
+    init: Callable[[Array], Any]
+    loss: Callable[[Any, Any, Batch, Array], tuple[Array, Scalars]]
+    metrics: Callable[[Any, Any, Batch, Array], Scalars]
+    preview: Callable[[Any, Any, Batch, Array], dict[str, Array]]
+    batches: Callable[[str, int], Iterator[dict[str, np.ndarray]]]
+    export: Callable[[Any], dict[str, Any]]
+
+
+def load_base(config: ConfigDict) -> checkpoint.Export:
+    """The exported model that the stage builds on; its CLIP and tokenizer are used."""
+    if not config.base:
+        raise UserError(
+            f"the {config.stage} stage needs a model with a trained CLIP: give one "
+            "with --config.base=DIR (a workdir's model/ folder)"
+        )
+    base = checkpoint.load(config.base)
+    if "clip" not in base.params:
+        raise UserError(
+            f"the model at {config.base} has no CLIP, only "
+            f"{', '.join(sorted(base.params))}: train configs/clip.py first"
+        )
+    return base
+
+
+def add_part(
+    base: checkpoint.Export | None,
+    name: str,
+    config: Mapping[str, Any],
+    params: Any,
+    text: tokenizer.Tokenizer | None,
+    statistics: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """The base model with one part added or replaced, as checkpoint.export takes it."""
+    base = base or checkpoint.Export({"parts": {}}, {}, None, {})
+    return {
+        "params": {**base.params, name: params},
+        "config": {"parts": {**base.config["parts"], name: config}},
+        "tokenizer": text,
+        "statistics": {**base.statistics, **(statistics or {})},
+    }
+
+
+def dtype_of(config: ConfigDict) -> jnp.dtype:
+    """The activations' dtype that ``config.dtype`` names."""
+    if config.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={config.dtype!r}: must be 'float32' or 'bfloat16'")
+    return jnp.dtype(config.dtype)
+
+
+def make_batches(
+    config: ConfigDict,
+    sizes: Mapping[str, int],
+    text: tokenizer.Tokenizer | None = None,
+    context_length: int | None = None,
+) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
+    """Stage.batches from ``config.data``: pictures of the sizes by name, and tokens.
+
+    With ``whole`` the iterator gives every process the whole of each batch.
+    """
+    data = config.data
+
+    def make(split: str, step: int, whole: bool = False) -> Iterator[dict]:
+        return batches.batches(
+            open_source(config, split),
+            text,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            step=step,
+            sizes=sizes,
+            crop=data.crop,
+            crop_fraction=data.crop_fraction,
+            flip=data.flip,
+            context_length=context_length,
+            threads=data.threads,
+            process_index=0 if whole else jax.process_index(),
+            process_count=1 if whole else jax.process_count(),
+        )
+
+    return make
+
+
+def open_source(config: ConfigDict, split: str) -> sources.Source:
+    """The pictures and captions that ``config.data`` names."""
+    data = config.data
+    options = data[data.source].to_dict() if data.source in sources.OPENERS else {}
+    return sources.open_source(
+        data.source, data.path, split=split, seed=config.seed, **options
+    )
+
+
+# CLIP, frozen, as the later stages read it.
+
+
+def clip_module(base: checkpoint.Export, dtype: jnp.dtype) -> CLIP:
+    """The base model's CLIP."""
+    return CLIP(**base.config["parts"]["clip"]["net"], dtype=dtype)
+
+
+def encode_image(
+    clip: CLIP, params: Any, pictures: Float[Array, "b h w 3"]
+) -> Float[Array, "b d"]:
+    """z_image of pictures in [-1, 1], of CLIP's size."""
+    pictures = image.clip_normalize(pictures)
+    return clip.apply({"params": params}, pictures, method="encode_image")
+
+
+def encode_caption(clip: CLIP, params: Any, tokens: Int[Array, "b l"]) -> Caption:
+    """What CLIP's text tower says of a caption."""
+    z_text, states = clip.apply({"params": params}, tokens, method="encode_text")
+    return Caption(tokens, z_text, states, text_mask(tokens, clip.eot))
+
+
+def drop_caption(
+    tokens: Int[Array, "b l"], empty: Int[Array, " l"], drop: Bool[Array, " b"]
+) -> Int[Array, "b l"]:
+    """The empty caption's tokens in place of those that ``drop`` picks."""
+    return jnp.where(drop[:, None], empty, tokens)
+
+
+# Diffusion training.
+
+
+def denoising_loss(
+    apply: Callable[[Array, Array], Array],
+    table: schedule.Schedule,
+    x0: Float[Array, "b ..."],
+    key: Array,
+    diffusion: Mapping[str, Any],
+) -> Float[Array, " b"]:
+    """Equation 14 of DDPM (arXiv 2006.11239), each example at a random timestep.
+
+    Args:
+      apply: (x_t, timesteps) -> the network's output.
+      table: the training schedule.
+      x0: clean data.
+      diffusion: the config's section of that name.
+    """
+    key_i, key_eps = jax.random.split(key)
+    i = jax.random.randint(key_i, x0.shape[:1], 0, table.steps)
+    eps = jax.random.normal(key_eps, x0.shape)
+    x_t = process.q_sample(table, x0, i, eps)
+    output = apply(x_t, jnp.asarray(table.timesteps)[i])
+    return process.loss(
+        table,
+        output,
+        x0,
+        x_t,
+        eps,
+        i,
+        predict=diffusion["predict"],
+        variance=diffusion["variance"],
+        min_snr_gamma=diffusion["min_snr_gamma"],
+    )

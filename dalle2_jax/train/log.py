@@ -1,0 +1,170 @@
+"""What a run tells: a line or a progress bar, metrics.jsonl, TensorBoard, pictures."""
+
+import datetime
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from dalle2_jax.data import image
+from dalle2_jax.errors import UserError
+
+
+class Log:
+    """The log of one run, WORKDIR/metrics.jsonl and WORKDIR/previews.
+
+    On a terminal there is a progress bar, elsewhere a line for each call of `scalars`.
+    Only the first process says and writes anything. Use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        name: str,
+        start: int,
+        steps: int,
+        batch_size: int,
+        tensorboard: bool = False,
+    ):
+        """Continues the log at step `start`: what it has of later steps is dropped."""
+        self.active = jax.process_index() == 0
+        self.workdir, self.steps, self.batch_size = workdir, steps, batch_size
+        self._last = None
+        if not self.active:
+            return
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._progress = self._writer = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                refresh_per_second=4,
+            )
+            self._task = self._progress.add_task(
+                name, total=steps, completed=start, status="compiling"
+            )
+            self._progress.start()
+        path = workdir / "metrics.jsonl"
+        _drop_after(path, start)
+        self._file = path.open("a")
+        if tensorboard:
+            self._writer = _tensorboard(workdir / "tensorboard", start)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.active:
+            return
+        if self._progress:
+            self._progress.stop()
+        if self._writer:
+            self._writer.close()
+        self._file.close()
+
+    def say(self, message: str) -> None:
+        """Prints a line."""
+        if self.active:
+            self._console.print(message)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        if self._last is None:
+            # The first step was compiled before: neither counts.
+            self._last = (step, time.monotonic())
+        if self.active and self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Steps and images per second since the last call, or since the first step."""
+        (before, then), self._last = self._last, (step, time.monotonic())
+        if step == before:
+            return {}
+        rate = (step - before) / (self._last[1] - then)
+        return {"steps_per_s": rate, "images_per_s": rate * self.batch_size}
+
+    def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Adds the values to metrics.jsonl, to TensorBoard, and shows them."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+        if self._progress and "loss" in values:
+            self._progress.update(self._task, status=_line(values))
+        else:
+            left = _time_left(self.steps - step, values.get("steps_per_s"))
+            self.say(f"step {step}/{self.steps}  {_line(values)}{left}")
+
+    def previews(self, step: int, outputs: Mapping[str, Any]) -> None:
+        """Writes images as previews/NAME_STEP.png, a grid; the rest are scalars."""
+        if not self.active:
+            return
+        images = {k: np.asarray(v) for k, v in outputs.items() if np.ndim(v) == 4}
+        for name, pictures in images.items():
+            grid = image.grid(pictures, math.ceil(math.sqrt(len(pictures))))
+            path = self.workdir / "previews" / f"{name}_{step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            image.save_png(path, grid, {"step": str(step)})
+            if self._writer:
+                self._writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
+        scalars = {k: float(v) for k, v in outputs.items() if k not in images}
+        if scalars:
+            self.scalars(step, {f"preview/{k}": v for k, v in scalars.items()})
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and a line that a killed process left torn."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    new = path.with_suffix(".tmp")
+    new.write_text("".join(kept))
+    os.replace(new, path)
+
+
+def _tensorboard(directory: Path, start: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "tensorboard=True needs tensorboardX: pip install 'dalle2_jax[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(directory), purge_step=start + 1)
+
+
+def _line(values: Mapping[str, float | int]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _time_left(steps: int, steps_per_s: float | None) -> str:
+    if not steps_per_s:
+        return ""
+    return f"  left {datetime.timedelta(seconds=round(steps / steps_per_s))}"

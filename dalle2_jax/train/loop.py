@@ -1,0 +1,327 @@
+"""The one training loop: what happens to a stage, in the order in which it happens."""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dalle2_jax import checkpoint
+from dalle2_jax.errors import UserError
+from dalle2_jax.train import mesh as meshes
+from dalle2_jax.train import optim
+from dalle2_jax.train.log import Log
+
+# Makes the batches from a given step on, each a dict of this process's rows.
+Batches = Callable[[int], Iterator[dict[str, np.ndarray]]]
+
+
+class TrainState(NamedTuple):
+    """All that training changes, and all that a checkpoint holds."""
+
+    step: jax.Array  # int32: updates done
+    params: Any
+    ema: Any  # moving average of the params: what is evaluated and exported
+    opt_state: Any
+
+
+class Interrupted(Exception):
+    """A signal stopped the run; its state is saved, and running it again resumes."""
+
+
+def train(
+    stage: Any,
+    config: Any,
+    batches: Batches,
+    heldout: Batches,
+    workdir: str | os.PathLike,
+) -> TrainState:
+    """Trains a stage for `config.steps` steps, from where WORKDIR/checkpoints ends.
+
+    The batch and the noise of a step follow from (seed, step) alone. So a run that was
+    interrupted anywhere and is started again gives, on the same devices, bit for bit
+    the params of a run that was not.
+
+    Args:
+        stage: a Stage.
+        config: its ConfigDict. The loop reads seed, steps, batch_size, accumulate,
+            ema_decay, log_every, eval_every, eval_batches, preview_every, save_every
+            (each also at the last step; 0 for never, but the last step is saved), keep,
+            tensorboard, and the sections optim and mesh.
+        batches: step -> iterator of batches of `batch_size / processes` rows.
+        heldout: the same, of examples that are not trained on; always read from 0.
+        workdir: for checkpoints, metrics.jsonl, previews and the exported model.
+
+    Returns:
+        The state after the last step. Its EMA is exported to WORKDIR/model.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT came; the step that it came in is saved.
+        UserError: a config that can't be trained, a checkpoint of another model, a
+            workdir that can't be written, or a loss that is not finite.
+    """
+    workdir = _make_workdir(workdir)
+    mesh = meshes.make(**config.mesh)
+    _check_batch_size(config, mesh)
+    saved_config = json.loads(json.dumps(config.to_dict()))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        run = stack.enter_context(checkpoint.Run(workdir / "checkpoints", config.keep))
+        interrupted = stack.enter_context(_interruption(run))
+
+        # The state: a new one, or the latest that is complete on disk.
+        init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+        optimizer = optim.make(config.steps, **config.optim)
+
+        def init(key):
+            params = stage.init(key)
+            step = jnp.zeros((), jnp.int32)
+            return TrainState(step, params, params, optimizer.init(params))
+
+        abstract = jax.eval_shape(init, init_key)
+        shardings = meshes.shardings(abstract, mesh)
+        start = run.latest_step()
+        if start is None:
+            start, changes = 0, []
+            state = jax.jit(init, out_shardings=shardings)(init_key)
+        else:
+            changes = checkpoint.changes(run.config(), saved_config)
+            state = run.restore(meshes.with_shardings(abstract, shardings), changes)
+        frozen = meshes.put(stage.frozen, mesh)
+
+        log = stack.enter_context(
+            Log(
+                workdir,
+                name=stage.name,
+                start=start,
+                steps=config.steps,
+                batch_size=config.batch_size,
+                tensorboard=config.tensorboard,
+            )
+        )
+        log.say(
+            f"{stage.name}: {_count(state.params):,} parameters, batch "
+            f"{config.batch_size}, {mesh.size} devices {dict(mesh.shape)}"
+        )
+        if start:
+            log.say(f"resuming from step {start}")
+        for change in changes:
+            log.say(f"config changed: {change}")
+
+        # What runs on the devices. `frozen` is an argument of each: what a compiled
+        # function captures would be copied into its program.
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        update = jax.jit(
+            make_update(stage.loss, optimizer, step_key, config.ema_decay),
+            out_shardings=(shardings, everywhere),
+            donate_argnums=0,
+        )
+        metrics = jax.jit(stage.metrics, out_shardings=everywhere)
+        preview = jax.jit(stage.preview, out_shardings=everywhere)
+
+        data = batches(start)
+        recent = []  # what the steps since the last log line gave, still on the devices
+        for step in range(start + 1, config.steps + 1):
+            batch = meshes.put_batch(next(data), mesh, config.accumulate)
+            state, values = update(state, frozen, batch, np.int32(step - 1))
+            recent.append(values)
+            # Two steps in flight keep the devices busy; the batches of more would only
+            # fill the memory.
+            jax.block_until_ready(recent[-2:-1])
+            log.advance(step)
+            stop = interrupted(step)
+
+            if _due(config.log_every, step, config.steps):
+                _check_finite(state, step, run, saved_config)
+                log.scalars(step, _means(recent) | _skipped(data) | log.rates(step))
+                recent = []
+            if _due(config.eval_every, step, config.steps):
+                found = [
+                    metrics(state.ema, frozen, meshes.put_batch(batch, mesh), key)
+                    for batch, key in zip(
+                        itertools.islice(heldout(0), config.eval_batches),
+                        jax.random.split(eval_key, config.eval_batches),
+                        strict=True,
+                    )
+                ]
+                log.scalars(step, {f"heldout/{k}": v for k, v in _means(found).items()})
+            if _due(config.preview_every, step, config.steps):
+                batch = meshes.put_batch(next(heldout(0)), mesh)
+                log.previews(step, preview(state.ema, frozen, batch, eval_key))
+            last = step == config.steps
+            if stop or last or _due(config.save_every, step, config.steps):
+                _check_finite(state, step, run, saved_config)
+                run.save(step, state, saved_config)
+            if stop:
+                run.wait()
+                raise Interrupted(
+                    f"stopped by {stop}: step {step} of {config.steps} is saved in "
+                    f"{run.directory}; the same command resumes from there"
+                )
+
+        run.wait()
+        ema = multihost_utils.process_allgather(state.ema, tiled=True)
+        model = stage.export(ema)
+        if jax.process_index() == 0:
+            checkpoint.export(workdir / "model", **model)
+        log.say(f"step {config.steps} is reached; the model is in {workdir / 'model'}")
+        return state
+
+
+def make_update(
+    loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    ema_decay: float,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes the training step, (state, frozen, batch, step) -> (state, metrics).
+
+    The batch is [accumulate, b, ...]; gradients are averaged over its first axis.
+
+    A step whose loss or gradient is not finite leaves the state as it was, and so do
+    all steps after it, because their `step` is no longer the state's. So the host need
+    not look at every step to stop at the last good one.
+    """
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def update(state, frozen, batch, step):
+        def add(total, micro):
+            (value, extra), grads = value_and_grad(state.params, frozen, *micro)
+            return jax.tree.map(jnp.add, total, grads), {"loss": value, **extra}
+
+        accumulate = len(jax.tree.leaves(batch)[0])
+        keys = jax.random.split(jax.random.fold_in(key, step), accumulate)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        grads, metrics = jax.lax.scan(add, zeros, (batch, keys))
+        grads = jax.tree.map(lambda x: x / accumulate, grads)
+        metrics = jax.tree.map(jnp.mean, metrics)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # Short runs would else average in their first, random params: the decay rises
+        # to its value as TensorFlow's ExponentialMovingAverage has it.
+        decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        good = finite & (state.step == step)
+        state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            TrainState(state.step + 1, params, ema, opt_state),
+            state,
+        )
+        return state, metrics
+
+    return update
+
+
+@contextlib.contextmanager
+def _interruption(run: checkpoint.Run) -> Iterator[Callable[[int], str | None]]:
+    """Yields step -> what asks the run to stop there, or None.
+
+    With several processes, JAX's distributed service catches SIGTERM and agrees with
+    all of them on the step.
+    """
+    if jax.process_count() > 1:
+        yield lambda step: "preemption" if run.reached_preemption(step) else None
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: None  # only the main thread may handle signals
+        return
+
+    received = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+
+    def restore():
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+    def note(number, frame):
+        received.append(signal.Signals(number).name)
+        restore()  # a second signal stops at once
+
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield lambda step: received[0] if received else None
+    finally:
+        restore()
+
+
+def _due(every: int, step: int, steps: int) -> bool:
+    return bool(every) and (step % every == 0 or step == steps)
+
+
+def _check_finite(
+    state: TrainState, step: int, run: checkpoint.Run, config: Mapping[str, Any]
+) -> None:
+    """Stops a run whose state did not come along to this step, with the state saved."""
+    good = int(state.step)
+    if good == step:
+        return
+    if good > (run.latest_step() or 0):
+        run.save(good, state, config)
+        run.wait()
+    raise UserError(
+        f"the loss or its gradient is not finite at step {good + 1}: lower "
+        "optim.learning_rate or raise optim.warmup, and run again to go on from step "
+        f"{good}"
+    )
+
+
+def _skipped(data: Iterator) -> dict[str, int]:
+    """How many examples could not be used, of iterators that tell."""
+    count = data.report()["skipped"] if hasattr(data, "report") else 0
+    return {"skipped": count} if count else {}
+
+
+def _means(values: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """Averages scalars, or arrays of one size, name by name."""
+    values = jax.device_get(values)
+    names = sorted(values[0], key=lambda name: name != "loss")
+    return {name: float(np.mean([v[name] for v in values])) for name in names}
+
+
+def _count(params: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def _make_workdir(workdir: str | os.PathLike) -> Path:
+    if "://" in str(workdir):
+        raise UserError(
+            f"workdir {workdir} is a URL: give a directory, for instance where the "
+            "bucket is mounted"
+        )
+    workdir = Path(workdir).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
+    except OSError as error:
+        raise UserError(
+            f"can't write to workdir {workdir}: {error.strerror}"
+        ) from error
+    return workdir
+
+
+def _check_batch_size(config: Any, mesh: Mesh) -> None:
+    unit = max(config.accumulate, 1) * mesh.size
+    if config.accumulate < 1 or config.batch_size < 1 or config.batch_size % unit:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide over accumulate="
+            f"{config.accumulate} times {mesh.size} devices: make it a multiple of {unit}"
+        )

@@ -1,0 +1,34 @@
+"""Sets up JAX for the tests: 8 simulated CPU devices and a compilation cache.
+
+The environment is set before JAX is imported, and is inherited by the processes that
+tests start.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+
+
+def cache_dir() -> Path:
+    """A folder for compiled programs that outlives the run, if there is one."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "dalle2_jax" / "tests"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.gettempdir()) / "dalle2_jax_tests"
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# Every annotated function of the package checks the shapes it is given and returns.
+install_import_hook("dalle2_jax", "beartype.beartype")

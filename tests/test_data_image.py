@@ -1,0 +1,227 @@
+"""Pictures: ranges, files of every mode, crops, resizing and blurring."""
+
+import io
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax.data import image
+from dalle2_jax.errors import UserError
+
+
+def encode(picture, format="PNG", **options):
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return file.getvalue()
+
+
+def noise(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+# Ranges
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_ranges_and_back(xp):
+    values = xp.arange(256, dtype="uint8")
+    x = image.to_float(values)
+    assert type(x) is type(values) and x.dtype == "float32"
+    assert (float(x[0]), float(x[255])) == (-1, 1)
+    back = image.to_uint8(x)
+    assert type(back) is type(values) and back.dtype == "uint8"
+    np.testing.assert_array_equal(back, values)
+
+
+def test_to_uint8_clips_and_rounds():
+    x = np.array([-7.0, -1, 0.4999 / 127.5 - 1, 0.5001 / 127.5 - 1, 1, 7], np.float32)
+    np.testing.assert_array_equal(image.to_uint8(x), [0, 0, 0, 1, 255, 255])
+    assert image.to_uint8(jnp.array([0.5], jnp.bfloat16))[0] == 191
+
+
+def test_clip_normalize():
+    x = jnp.ones((1, 2, 2, 3)) * jnp.array([-1.0, 0.0, 1.0])
+    expected = (np.array([0, 0.5, 1]) - image.CLIP_MEAN) / image.CLIP_STD
+    np.testing.assert_allclose(image.clip_normalize(x)[0, 0, 0], expected, rtol=1e-6)
+
+
+# Files
+
+
+def test_read_puts_alpha_on_white():
+    clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    clear.putpixel((1, 0), (255, 0, 0, 255))
+    palette = clear.convert("RGB").quantize(2)
+    palette.info["transparency"] = palette.getpixel((1, 0))
+    gray = Image.new("LA", (2, 1), (0, 0))
+    gray.putpixel((1, 0), (40, 255))
+    for picture, second in ((clear, (255, 0, 0)), (gray, (40, 40, 40))):
+        read = image.read(encode(picture))
+        assert read.mode == "RGB"
+        assert [read.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), second]
+    transparent = palette.info["transparency"]
+    read = image.read(encode(palette, transparency=transparent))
+    assert read.getpixel((1, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
+def test_read_turns_every_mode_to_rgb(mode, tmp_path):
+    picture = Image.new("RGB", (4, 4), "white").convert(mode)
+    path = tmp_path / "picture.tiff"
+    picture.save(path)
+    read = image.read(path)
+    assert read.mode == "RGB" and read.getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_read_scales_16_bits():
+    values = np.array([[0, 256 * 100, 65535]], np.uint16)
+    read = image.read(encode(Image.fromarray(values)))
+    assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+
+
+def test_read_turns_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    picture = Image.new("RGB", (8, 4))
+    assert image.read(encode(picture, "JPEG", exif=exif)).size == (4, 8)
+    assert image.read(picture).size == (8, 4)
+
+
+def test_read_may_decode_jpegs_smaller():
+    data = encode(Image.new("RGB", (640, 320)), "JPEG")
+    assert image.read(data).size == (640, 320)
+    assert image.read(data, at_least=80).size == (160, 80)
+    assert image.read(data, at_least=81).size == (320, 160)
+
+
+def test_read_names_what_is_wrong(tmp_path):
+    path = tmp_path / "a.png"
+    with pytest.raises(UserError, match=r"there is no file .*a\.png"):
+        image.read(path)
+    path.write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"a\.png: not a picture in a known format$"):
+        image.read(path)
+    with pytest.raises(UserError, match="not a picture"):
+        image.read(b"")
+    whole = encode(Image.fromarray(np.uint8(noise(64, 64) * 50)))
+    with pytest.raises(UserError, match="truncated"):
+        image.read(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot read"):
+        image.read(whole[:50] + bytes(50) + whole[100:])
+
+
+def test_save_png_keeps_metadata(tmp_path):
+    path = tmp_path / "a.png"
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    image.save_png(path, picture, {"prompt": "ein Bär 🐻", "seed": "0"})
+    with Image.open(path) as saved:
+        assert saved.text == {"prompt": "ein Bär 🐻", "seed": "0"}
+        np.testing.assert_array_equal(np.asarray(saved), picture)
+
+
+def test_grid_lays_out_in_rows():
+    pictures = np.stack([np.full((4, 6, 3), 10 * i, np.uint8) for i in range(5)])
+    sheet = np.asarray(image.grid(pictures, 3, gap=1))
+    assert sheet.shape == (4 + 1 + 4, 6 * 3 + 2, 3)
+    assert (sheet[0, 0] == 0).all() and (sheet[5, 7] == 40).all()
+    assert (sheet[5:, 14:] == 255).all() and (sheet[:, 6] == 255).all()
+    assert image.grid(pictures[:1], 3).size == (6, 4)
+
+
+# Crops
+
+
+def test_crop_center_takes_the_middle():
+    picture = Image.fromarray(np.arange(10, dtype=np.uint8)[None].repeat(4, 0))
+    square = np.asarray(image.crop_square(picture))
+    np.testing.assert_array_equal(square[0], [3, 4, 5, 6])
+
+
+def test_crop_random_takes_any_square():
+    picture = Image.fromarray(np.arange(6, dtype=np.uint8)[:, None].repeat(4, 1))
+    rng = np.random.default_rng(0)
+    tops = {
+        np.asarray(image.crop_square(picture, "random", rng))[0, 0] for _ in "x" * 50
+    }
+    assert tops == {0, 1, 2}
+
+
+def test_crop_resize_is_antialiased():
+    stripes = np.zeros((64, 80, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = image.crop_resize(Image.fromarray(stripes), 8)
+    assert small.shape == (8, 8, 3) and small.dtype == np.uint8
+    assert abs(small[:, 1:-1].astype(int) - 127).max() <= 3
+    one = image.crop_resize(Image.new("RGB", (1, 7), "red"), 8)
+    assert (one == (255, 0, 0)).all()
+
+
+# Resizing and blurring
+
+
+@pytest.mark.parametrize("method", ["bicubic", "linear", "area", "nearest"])
+def test_resize_keeps_what_is_constant(method):
+    x = jnp.full((1, 12, 12, 2), 0.3)
+    for size in (5, 12, 31):
+        resized = image.resize(x, size, method)
+        assert resized.shape == (1, size, size, 2)
+        np.testing.assert_allclose(resized, 0.3, rtol=1e-5)
+
+
+def test_resize_area_is_the_mean():
+    x = jnp.asarray(noise(2, 8, 8, 3))
+    means = x.reshape(2, 4, 2, 4, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(image.resize(x, 4, "area"), means, atol=1e-6)
+    row = jnp.arange(3.0).reshape(1, 1, 3, 1).repeat(3, 1)
+    np.testing.assert_allclose(
+        image.resize(row, 2, "area")[0, 0, :, 0], [1 / 3, 5 / 3], rtol=1e-6
+    )
+
+
+def test_resize_bicubic_keeps_a_ramp():
+    """Cubic kernels reproduce linear functions away from the borders."""
+    ramp = jnp.arange(16.0).reshape(1, 1, 16, 1).repeat(16, 1)
+    up = image.resize(ramp, 32)[0, 5, 6:-6, 0]
+    np.testing.assert_allclose(up, (np.arange(32) / 2 - 0.25)[6:-6], rtol=1e-5)
+    down = image.resize(ramp, 8)[0, 4, 2:-2, 0]
+    np.testing.assert_allclose(down, (np.arange(8) * 2 + 0.5)[2:-2], rtol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("size", [5, 8, 13, 20, 40, 51])
+@pytest.mark.parametrize("method", ["bicubic", "linear"])
+def test_resize_is_torchs(method, size):
+    torch = pytest.importorskip("torch")
+    x = noise(2, 20, 20, 3)
+    mode = {"bicubic": "bicubic", "linear": "bilinear"}[method]
+    theirs = torch.nn.functional.interpolate(
+        torch.tensor(x).permute(0, 3, 1, 2),
+        size=(size, size),
+        mode=mode,
+        antialias=True,
+    )
+    ours = image.resize(jnp.asarray(x), size, method)
+    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), atol=1e-5)
+
+
+def test_blur_of_a_point_is_the_kernel():
+    point = jnp.zeros((1, 7, 7, 2)).at[0, 3, 3, 1].set(1)
+    blurred = np.asarray(image.gaussian_blur(point))
+    side = np.exp(-1 / (2 * 0.6**2))
+    kernel = np.array([side, 1, side]) / (1 + 2 * side)
+    np.testing.assert_allclose(
+        blurred[0, 2:5, 2:5, 1], np.outer(kernel, kernel), rtol=1e-5
+    )
+    assert blurred.sum() == pytest.approx(1, rel=1e-5) and not blurred[..., 0].any()
+
+
+def test_blur_mirrors_at_the_border():
+    x = jnp.asarray(noise(1, 6, 6, 1))
+    wide = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    np.testing.assert_allclose(
+        image.gaussian_blur(x, 5, 1.0),
+        image.gaussian_blur(wide, 5, 1.0)[:, 2:-2, 2:-2],
+        atol=1e-6,
+    )

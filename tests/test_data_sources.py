@@ -1,0 +1,423 @@
+"""Sources: what they read, what they hold out, what they skip and what they refuse."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+
+import fsspec
+import pytest
+from PIL import Image
+
+from dalle2_jax.data import shapes, sources
+from dalle2_jax.data.sources import BadExample, open_source
+from dalle2_jax.errors import UserError
+
+ALL = {"holdout": 0.0}
+
+
+def png(value=0):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(file, members):
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in members.items():
+            data = data.encode() if isinstance(data, str) else data
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def captioned(keys, extension="txt"):
+    members = {}
+    for key in keys:
+        members[f"{key}.png"] = png(int(key))
+        members[f"{key}.{extension}"] = f"picture {key}"
+    return members
+
+
+def every(source):
+    return {source[i]["caption"]: source[i]["image"] for i in range(len(source))}
+
+
+# Shapes
+
+
+def test_shapes_depend_on_seed_split_and_index():
+    def captions(**options):
+        source = open_source("shapes", **options)
+        return [source[i]["caption"] for i in range(20)]
+
+    assert captions(seed=1) == captions(seed=1)
+    assert captions(seed=1) != captions(seed=2)
+    assert captions(split="heldout") != captions() != captions(split="unseen")
+
+
+def test_shapes_render_their_caption():
+    source = open_source("shapes", pairs=0.0)
+    for i in range(10):
+        example = source[i]
+        colour = shapes.COLOURS[example["caption"].split()[2]]
+        assert (example["image"](64) == colour).all(-1).any()
+
+
+def test_shapes_contrast_in_groups():
+    source = open_source("shapes", contrast=4)
+    for group in range(20):
+        words = [set(source[4 * group + k]["caption"].split()) for k in range(4)]
+        assert len(set.union(*words) - set.intersection(*words)) <= 8
+        assert len({str(w) for w in words}) > 1
+
+
+# A folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    return tmp_path
+
+
+def test_folder_with_sidecars(folder):
+    (folder / "deep").mkdir()
+    (folder / "deep" / "3.JPG").write_bytes(png(3))
+    for name in ("0", "1", "deep/3"):
+        (folder / f"{name}.txt").write_text(f"picture\n{name} \n")
+    (folder / "README.txt").write_text("not a caption")
+    assert every(open_source("folder", folder)) == {
+        "picture 0": png(0),
+        "picture 1": png(1),
+        "picture deep/3": png(3),
+    }
+
+
+def test_folder_with_metadata(folder):
+    lines = [
+        {"file_name": "0.png", "caption": "zero"},
+        {"file_name": "./1.png", "text": ["one", "uno"]},
+        {"file_name": "2.png", "caption": " "},
+        {"file_name": "2.png", "caption": 7},
+        {"file_name": "2.png"},
+        {"caption": "of nothing"},
+    ]
+    text = "\n".join(map(json.dumps, lines)) + "\n\nno JSON\n"
+    (folder / "metadata.jsonl").write_text(text)
+    source = open_source("folder", folder)
+    assert source[0] == {"image": png(0), "caption": "zero", "key": "0.png"}
+    assert source[1]["caption"] == ["one", "uno"]
+    reasons = []
+    for i in range(2, len(source)):
+        with pytest.raises(BadExample) as bad:
+            source[i]
+        reasons.append(bad.value.reason)
+    assert reasons == [
+        "empty caption",
+        "caption not text",
+        "no caption",
+        *["metadata without file_name"] * 2,
+    ]
+    assert sources.captions(source) == ["zero", "one", "uno"]
+
+
+def test_folder_errors(folder, tmp_path):
+    with pytest.raises(UserError, match="there is no folder .*nowhere"):
+        open_source("folder", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no captions: give it a metadata\.jsonl"):
+        open_source("folder", folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no pictures \(\.png"):
+        open_source("folder", tmp_path / "empty")
+    metadata = folder / "metadata.jsonl"
+    metadata.write_text('{"file_name": "0.png"}\n')
+    with pytest.raises(UserError, match="has no captions; a line is"):
+        open_source("folder", folder)
+    metadata.write_text("")
+    with pytest.raises(UserError, match="has no captions"):
+        open_source("folder", folder)
+    for name in ("9.png", "../outside.png", "/etc/passwd"):
+        line = json.dumps({"file_name": name, "caption": "x"})
+        metadata.write_text(f"{line}\n{line}\n")
+        with pytest.raises(UserError, match="not there: .* 1\\) and 1 more; add"):
+            open_source("folder", folder)
+
+
+def test_a_picture_that_vanishes_is_bad(folder):
+    for i in range(3):
+        (folder / f"{i}.txt").write_text("x")
+    source = open_source("folder", folder)
+    (folder / "1.png").unlink()
+    with pytest.raises(BadExample, match="cannot read .No such file"):
+        source[1]
+
+
+# Tars
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for shard in range(3):
+        with open(tmp_path / f"a-{shard:03d}.tar", "wb") as file:
+            write_tar(file, captioned([f"{4 * shard + i}" for i in range(4)]))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("a-000.tar", 4),
+        ("a-{000..002}.tar", 12),
+        ("a-{000,002}.tar", 8),
+        ("{a,a}-{000..001}.tar", 16),
+        ("a-*.tar", 12),
+        ("a-00[12].tar", 8),
+        ("", 12),
+    ],
+)
+def test_tars_by_pattern(shards, pattern, count):
+    source = open_source("webdataset", f"{shards}/{pattern}", **ALL)
+    assert len(source) == count
+    for caption, data in every(source).items():
+        assert data == png(int(caption.split()[1]))
+
+
+def test_tars_at_a_url():
+    with fsspec.open("memory://tars/b-0.tar", "wb") as file:
+        write_tar(file, captioned("123"))
+    source = open_source("webdataset", "memory://tars/b-*.tar")
+    assert sorted(every(source)) == ["picture 1", "picture 2", "picture 3"]
+    with pytest.raises(UserError, match="there is no tar at memory://tars/c"):
+        open_source("webdataset", "memory://tars/c-{0..1}.tar")
+
+
+def test_tars_of_any_order_and_layout(tmp_path):
+    members = {
+        "../../evil.png": png(1),  # a key and never a file
+        "b/x.y.JPG": png(2),
+        "alone.png": png(),
+        "text only.txt": "x",
+        "b/x.y.json": json.dumps({"caption": "from json", "other": 1}),
+        "../../evil.txt": "outside",
+        "c.webp": png(3),
+        "c.json": json.dumps({"text": ["three", "drei"]}),
+    }
+    with open(tmp_path / "a.tar", "wb") as file:
+        write_tar(file, members)
+    source = open_source("webdataset", str(tmp_path / "a.tar"))
+    found = {source[i]["key"]: source[i]["caption"] for i in range(len(source))}
+    assert found == {
+        "a.tar:../../evil": "outside",
+        "a.tar:b/x.y": "from json",
+        "a.tar:c": ["three", "drei"],
+    }
+    assert os.listdir(tmp_path) == ["a.tar"]
+
+
+def test_tars_with_bad_captions(tmp_path):
+    members = {f"{i}.png": png() for i in range(4)}
+    members |= {"0.txt": " \n", "1.json": "{", "2.json": "[1]", "3.json": "3"}
+    with open(tmp_path / "a.tar", "wb") as file:
+        write_tar(file, members)
+    source = open_source("webdataset", str(tmp_path / "a.tar"))
+    reasons = []
+    for i in range(4):
+        with pytest.raises(BadExample) as bad:
+            source[i]
+        reasons.append(bad.value.reason)
+    assert reasons == ["empty caption", "caption not JSON", *["no caption"] * 2]
+    assert sources.captions(source) == []
+
+
+def test_a_tar_cut_short_gives_what_is_left(shards, caplog):
+    path = shards / "a-000.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:3072])  # within the second picture's members
+    source = open_source("webdataset", str(path))
+    assert list(every(source)) == ["picture 0"]
+
+
+def test_tar_errors(shards, tmp_path):
+    for pattern in ("b.tar", "b-*.tar", "{b,c}.tar"):
+        with pytest.raises(UserError, match="there is no tar at"):
+            open_source("webdataset", f"{shards}/{pattern}")
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(b"this is no tar" * 100)
+    with pytest.raises(UserError, match="bad.tar is not a tar"):
+        open_source("webdataset", str(bad))
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
+        tar.add(shards / "a-000.tar")
+    with pytest.raises(UserError, match="or a compressed one"):
+        open_source("webdataset", str(tmp_path / "c.tar.gz"))
+    with open(tmp_path / "d.tar", "wb") as file:
+        write_tar(file, {"0.png": png()})
+    with pytest.raises(UserError, match="found no pictures with captions"):
+        open_source("webdataset", str(tmp_path / "d.tar"))
+    with pytest.raises(UserError, match="cannot read nonsense://x.tar: Protocol"):
+        open_source("webdataset", "nonsense://x.tar")
+
+
+# TFDS
+
+BUILDER = """
+    import io
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            text = tfds.features.Text
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "caption": text(),
+                "captions": tfds.features.Sequence({"text": text()}),
+                "names": tfds.features.Sequence(text()),
+                "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+            }))
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(12):
+                file = io.BytesIO()
+                Image.new("RGB", (8, 6), (i, 0, 0)).save(file, "PNG")
+                file.seek(0)
+                texts = [f"picture {i}", f"image {i}"]
+                yield i, {
+                    "image": file,
+                    "caption": texts[0],
+                    "captions": [{"text": t} for t in texts],
+                    "names": texts,
+                    "label": i % 2,
+                }
+"""
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    """A data set prepared as array_record, in a process of its own: a builder has to be
+    a module of a package, and shows progress bars."""
+    root = tmp_path_factory.mktemp("tfds")
+    package = root / "tiny_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "tiny.py").write_text(textwrap.dedent(BUILDER))
+    command = (
+        "from tiny_package.tiny import Tiny; "
+        "Tiny(data_dir='data', file_format='array_record').download_and_prepare()"
+    )
+    subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=root,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    return root / "data"
+
+
+def test_tfds_by_folder_and_by_name(tfds_dir):
+    expected = {f"picture {i}": png(i) for i in range(12)}
+    folder = tfds_dir / "tiny" / "1.0.0"
+    assert every(open_source("tfds", str(folder), **ALL)) == expected
+    assert every(open_source("tfds", "tiny", data_dir=str(tfds_dir), **ALL)) == expected
+    part = open_source("tfds", str(folder), tfds_split="train[:4]", **ALL)
+    assert len(part) == 4
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("field", ["captions/text", "names"])
+def test_tfds_with_several_captions(tfds_dir, field):
+    source = open_source("tfds", str(tfds_dir / "tiny" / "1.0.0"), caption=field)
+    first, second = source[0]["caption"]
+    assert first.replace("picture", "image") == second
+
+
+def test_tfds_with_class_names(tfds_dir):
+    source = open_source("tfds", str(tfds_dir / "tiny" / "1.0.0"), caption="label")
+    assert set(sources.captions(source)) == {"cat", "dog"}
+
+
+def test_tfds_errors(tfds_dir, tmp_path):
+    folder = str(tfds_dir / "tiny" / "1.0.0")
+    with pytest.raises(UserError, match='no captions "text", but .*names'):
+        open_source("tfds", folder, caption="text")
+    with pytest.raises(UserError, match='no captions "captions/x"'):
+        open_source("tfds", folder, caption="captions/x")
+    with pytest.raises(UserError, match='no images "label"'):
+        open_source("tfds", folder, image="label")
+    with pytest.raises(UserError, match="cannot read TFDS .*test"):
+        open_source("tfds", folder, tfds_split="test")
+    with pytest.raises(UserError, match="has no dataset_info.json"):
+        open_source("tfds", str(tfds_dir))
+    with pytest.raises(UserError, match="cannot open TFDS no_such_data"):
+        open_source("tfds", "no_such_data")
+
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    info = other / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match='prepared, with file_format="array_record"'):
+        open_source("tfds", str(other))
+
+
+# All of them
+
+
+def test_holdout_splits_without_overlap(shards):
+    path = f"{shards}/*.tar"
+    parts = {
+        split: set(every(open_source("webdataset", path, split, holdout=0.25)))
+        for split in ("train", "heldout")
+    }
+    assert len(parts["heldout"]) == 3 and not parts["train"] & parts["heldout"]
+    assert len(parts["train"]) == 9
+    # The least is one; and a picture's part does not depend on the other shards.
+    assert len(open_source("webdataset", path, "heldout")) == 1
+    few = f"{shards}/a-000.tar"
+    for split in ("train", "heldout"):
+        assert len(open_source("webdataset", few, split)) == 4
+
+
+def test_captions_are_evenly_spread(shards):
+    source = open_source("webdataset", f"{shards}/*.tar", **ALL)
+    assert sources.captions(source, 4) == [f"picture {i}" for i in (0, 3, 6, 9)]
+    assert len(sources.captions(source)) == 12
+    assert len(sources.captions(open_source("shapes"), 5)) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("tape", "x"), {}, 'data "tape": there is shapes, folder, webdataset, tfds'),
+        (("folder",), {}, 'data "folder" needs a path'),
+        (("webdataset", ""), {}, "needs a path"),
+        (("shapes", "x"), {}, 'takes no path, and was given "x"'),
+        (("shapes", None, "test"), {}, 'no split "test", but .*unseen'),
+        (("folder", ".", "unseen"), {}, 'no split "unseen"'),
+        (("folder", "."), {"contrast": 4}, 'no option "contrast", but .*holdout'),
+        (("shapes",), {"contrast": 0}, "contrast is 0"),
+        (("shapes", None, "train", -1), {}, "the seed is -1"),
+    ],
+)
+def test_open_source_errors(arguments, options, message):
+    with pytest.raises(UserError, match=message):
+        open_source(*arguments, **options)
+
+
+def test_options_that_are_none_are_not_given():
+    assert open_source("shapes", "", contrast=None, data_dir=None)[0]["caption"]
+
+
+def test_holdout_must_be_a_fraction(shards):
+    with pytest.raises(UserError, match="holdout is 1.5"):
+        open_source("webdataset", f"{shards}/*.tar", holdout=1.5)

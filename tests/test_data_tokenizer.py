@@ -1,0 +1,112 @@
+"""The tokenizer: CLIP's layout, encoding, training, saving, and what goes wrong."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import CLIPTokenizer
+
+from dalle2_jax.data import tokenizer
+from dalle2_jax.errors import UserError
+
+CAPTIONS = ["a small red circle", "a large red square", "a small blue circle"] * 3
+
+
+@pytest.fixture(scope="module")
+def small():
+    return tokenizer.train(CAPTIONS, 530, 16)
+
+
+def test_vocabulary_is_laid_out_as_clips(small):
+    assert small.vocab_size == 530
+    assert (small.sot, small.eot, small.pad) == (528, 529, 529)
+    # Ids that OpenAI's CLIP has too: "!", "a" that ends a word, "z" that does.
+    tokens = small.encode(["! a z"], 6)
+    np.testing.assert_array_equal(tokens, [[528, 256, 320, 345, 529, 529]])
+
+
+def test_every_byte_can_be_encoded(small):
+    text = "né 日本 🐻 don't\t\x00"
+    tokens = small.encode([text], 64)
+    assert tokens.max() < small.vocab_size
+    assert "日本" in small.decode(tokens[0])
+
+
+def test_encode_frames_and_pads(small):
+    tokens = small.encode(["a small RED  circle", ""], 12)
+    assert tokens.dtype == np.int32 and tokens.shape == (2, 12)
+    assert (tokens[:, 0] == small.sot).all()
+    np.testing.assert_array_equal(tokens[1, 1:], [small.eot] * 11)
+    lengths = small.lengths(tokens)
+    assert lengths[1] == 2 and tokens[0, lengths[0] - 1] == small.eot
+    assert small.decode(tokens[0]) == "a small red circle"
+    np.testing.assert_array_equal(
+        tokens.argmax(1) + 1, lengths
+    )  # how CLIP finds the end
+
+
+def test_encode_agrees_with_transformers(small, tmp_path):
+    small.save(tmp_path)
+    wrapped = CLIPTokenizer.from_pretrained(tmp_path)
+    texts = ["a small red circle", "", "éa blue-ish thing; it's 42!", "x" * 50]
+    theirs = wrapped(texts, padding="max_length", max_length=16, truncation=True)
+    ours = small.encode(texts, 16, warn=False)
+    np.testing.assert_array_equal(ours, theirs["input_ids"])
+
+
+def test_too_long_is_cut_with_a_warning(small):
+    with pytest.warns(UserWarning, match="6 that are read"):
+        tokens = small.encode(["xyz " * 20], 8)
+    assert tokens[0, -1] == small.eot and (tokens[0, :-1] != small.eot).all()
+    small.encode(["xyz " * 20], 8, warn=False)
+
+
+def test_training_learns_words_and_ignores_order(small):
+    assert small.lengths(small.encode(["red"], 16))[0] < 2 + len("red")
+    again = tokenizer.train(reversed(CAPTIONS), 530, 16)
+    texts = [*CAPTIONS, "a purple thing"]
+    np.testing.assert_array_equal(again.encode(texts, 32), small.encode(texts, 32))
+    whole = tokenizer.train(CAPTIONS, 4096, 16)  # more than there are merges
+    assert 530 < whole.vocab_size < 600
+    assert whole.eot == whole.vocab_size - 1
+    assert whole.lengths(whole.encode(["red circle"], 16))[0] == 4
+
+
+def test_saved_and_loaded_is_the_same(small, tmp_path):
+    small.save(tmp_path)
+    loaded = tokenizer.load(tmp_path)
+    for name in ("vocab_size", "sot", "eot", "pad"):
+        assert getattr(loaded, name) == getattr(small, name)
+    texts = [*CAPTIONS, "Ünknown 日本"]
+    np.testing.assert_array_equal(loaded.encode(texts, 32), small.encode(texts, 32))
+
+
+def test_loads_vocab_and_merges_and_their_padding(small, tmp_path):
+    """The older layout of a tokenizer's folder, with its own padding, as Karlo's."""
+    model = json.loads(small._backend.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(pair) for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    config = {"tokenizer_class": "CLIPTokenizer", "pad_token": "!"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = tokenizer.load(tmp_path)
+    assert (loaded.vocab_size, loaded.eot, loaded.pad) == (530, 529, 0)
+    tokens = loaded.encode(CAPTIONS, 32)
+    expected = small.encode(CAPTIONS, 32)
+    np.testing.assert_array_equal(loaded.lengths(tokens), small.lengths(expected))
+    at = np.arange(32) < loaded.lengths(tokens)[:, None]
+    np.testing.assert_array_equal(tokens, np.where(at, expected, 0))
+
+
+def test_errors_say_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="there is no folder ./nowhere"):
+        tokenizer.load("./nowhere")
+    with pytest.raises(UserError, match="needs tokenizer.json"):
+        tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="found no tokenizer"):
+        tokenizer.load(tmp_path)
+    with pytest.raises(UserError, match="vocabulary of 500 is too small.*514"):
+        tokenizer.train(CAPTIONS, 500, 16)
+    with pytest.raises(UserError, match="no captions"):
+        tokenizer.train([], 600, 16)

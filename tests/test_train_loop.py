@@ -1,0 +1,398 @@
+"""Training: what a step computes, and what survives an interruption.
+
+Run as a script, it trains the stage below in a process of its own:
+WORKDIR JSON [COORDINATOR PROCESSES PROCESS]. JSON has changes to the config, and maybe
+{"signal": [NAME, STEP]}, which the first process gets when it asks for that batch.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dalle2_jax import checkpoint
+from dalle2_jax.errors import UserError
+from dalle2_jax.train import loop, mesh
+
+WIDTH = 256
+
+
+class Stage(NamedTuple):
+    """The fields of a stage that the loop reads."""
+
+    name: str
+    frozen: Any
+    init: Any
+    loss: Any
+    metrics: Any
+    preview: Any
+    export: Any
+
+
+def linear(width=WIDTH, noise=0.01):
+    """A stage that learns a frozen matrix from what it does to random vectors."""
+    matrix = np.random.default_rng(0).normal(size=(width, width)) / np.sqrt(width)
+
+    def init(key):
+        kernel = jax.random.normal(key, (width, width)) / jnp.sqrt(width)
+        return {"kernel": kernel, "bias": jnp.zeros(width)}
+
+    def errors(params, frozen, x):
+        y = x @ params["kernel"] + params["bias"]
+        return jnp.mean((y - x @ frozen["matrix"]) ** 2, axis=-1)
+
+    def loss(params, frozen, batch, key):
+        x = batch["x"] + noise * jax.random.normal(key, batch["x"].shape)
+        mean = errors(params, frozen, x).mean()
+        return mean, {"root": jnp.sqrt(mean)}
+
+    def metrics(params, frozen, batch, key):
+        return {"error": errors(params, frozen, batch["x"])}
+
+    def preview(params, frozen, batch, key):
+        kernel = params["kernel"][:8, :8, None]
+        picture = jnp.clip(128 + 500 * kernel, 0, 255).astype(jnp.uint8)
+        images = jnp.broadcast_to(picture, (5, 8, 8, 3))
+        return {"kernel": images, "largest": jnp.abs(kernel).max()}
+
+    def export(params):
+        return {"params": {"linear": params}, "config": {"parts": {"linear": {}}}}
+
+    frozen = {"matrix": matrix.astype(np.float32)}
+    return Stage("linear", frozen, init, loss, metrics, preview, export)
+
+
+def make_config(**changes):
+    config = ConfigDict(
+        {
+            "stage": "linear",
+            "seed": 3,
+            "steps": 20,
+            "batch_size": 16,
+            "accumulate": 1,
+            "ema_decay": 0.9,
+            "log_every": 5,
+            "eval_every": 10,
+            "eval_batches": 2,
+            "preview_every": 0,
+            "save_every": 5,
+            "keep": 2,
+            "tensorboard": False,
+            "optim": {"learning_rate": 1e-3, "warmup": 4, "weight_decay": 0.01},
+            "mesh": {"data": -1, "fsdp": 1},
+        }
+    )
+    config.update(changes)
+    return config
+
+
+def make_batches(rows=16, process=0, events=None, width=WIDTH):
+    """Batches that follow from the step; at a step in `events` that is called first."""
+
+    def batches(step):
+        while True:
+            for event in (events or {}).get(step, ()):
+                event()
+            x = np.random.default_rng([step]).normal(size=(16, width))
+            yield {"x": x.astype(np.float32)[process * rows : (process + 1) * rows]}
+            step += 1
+
+    return batches
+
+
+heldout = make_batches()
+
+
+def train(workdir, config=None, batches=None, stage=None):
+    return loop.train(
+        stage or linear(),
+        config or make_config(),
+        batches or make_batches(),
+        heldout,
+        workdir,
+    )
+
+
+def train_elsewhere(workdir, **changes):
+    """Trains in a process of its own."""
+    command = [sys.executable, __file__, str(workdir), json.dumps(changes)]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root)})
+
+
+def read_metrics(workdir):
+    """The lines of metrics.jsonl without the times."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}
+        for line in lines
+    ]
+
+
+def latest(workdir):
+    with checkpoint.Run(workdir / "checkpoints") as run:
+        return run.latest_step()
+
+
+def assert_equal(one, other):
+    """The same tree, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def assert_close(one, other):
+    """The same tree but for rounding."""
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, other
+    )
+
+
+def losses(workdir):
+    return np.array([line["loss"] for line in read_metrics(workdir) if "loss" in line])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run, to compare with: its workdir and its final state."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, train(workdir)
+
+
+def test_a_run_learns_and_leaves_a_model(tmp_path):
+    state = train(tmp_path, make_config(steps=12, preview_every=6, save_every=0))
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [5, 6, 10, 10, 12, 12, 12]
+    assert lines[0].keys() == {"step", "loss", "root", "grad_norm"}
+    assert lines[1].keys() == {"step", "preview/largest"}
+    assert lines[3].keys() == {"step", "heldout/error"}
+    assert lines[4]["loss"] < lines[0]["loss"]
+    for step in (6, 12):
+        with Image.open(tmp_path / "previews" / f"kernel_{step:07d}.png") as grid:
+            assert grid.size == (3 * 8 + 2 * 2, 2 * 8 + 2)
+    assert latest(tmp_path) == state.step == 12
+    assert_equal(checkpoint.load(tmp_path / "model").params["linear"], state.ema)
+
+
+def test_the_ema_and_not_the_params_are_evaluated(whole):
+    workdir, state = whole
+    stage = linear()
+    expected = np.mean(
+        [
+            stage.metrics(state.ema, stage.frozen, next(heldout(i)), None)["error"]
+            for i in range(2)
+        ]
+    )
+    found = [line for line in read_metrics(workdir) if "heldout/error" in line]
+    np.testing.assert_allclose(found[-1]["heldout/error"], expected, rtol=1e-5)
+
+
+# Interruptions
+
+
+def crash():
+    raise RuntimeError("crash")
+
+
+@pytest.mark.parametrize("step", [3, 10, 13])
+def test_a_crashed_run_resumes_exactly(whole, tmp_path, step, capsys):
+    workdir, state = whole
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path, batches=make_batches(events={step: [crash]}))
+    # Not the steps since the last save, which are done again.
+    saved = latest(tmp_path)
+    assert saved == (step // 5 * 5 or None)
+    assert_equal(train(tmp_path), state)
+    assert read_metrics(tmp_path) == read_metrics(workdir)
+    assert (f"resuming from step {saved}" in capsys.readouterr().out) == bool(saved)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_it_came_in(whole, tmp_path, number):
+    workdir, state = whole
+    before = signal.getsignal(number)
+    events = {7: [lambda: signal.raise_signal(number)]}
+    with pytest.raises(loop.Interrupted, match=f"{number.name}: step 8 of 20 is saved"):
+        train(tmp_path, batches=make_batches(events=events))
+    assert signal.getsignal(number) == before
+    assert latest(tmp_path) == 8
+    assert_equal(train(tmp_path), state)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    events = {7: [lambda: signal.raise_signal(signal.SIGINT)] * 2}
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, batches=make_batches(events=events))
+
+
+def test_a_killed_run_resumes_exactly(whole, tmp_path):
+    workdir, state = whole
+    # The batch of step 10 is asked for while the checkpoint of step 10 is being written.
+    done = train_elsewhere(tmp_path, signal=["SIGKILL", 10])
+    assert done.returncode == -signal.SIGKILL
+    assert latest(tmp_path) in (5, 10)
+    assert_equal(train(tmp_path), state)
+    assert read_metrics(tmp_path) == read_metrics(workdir)
+
+
+def test_a_finished_run_only_exports_again(whole, tmp_path):
+    config = make_config(steps=5)
+    state = train(tmp_path, config)
+    (tmp_path / "model" / "config.json").unlink()
+    (tmp_path / "model" / "linear.safetensors").unlink()
+    assert_equal(train(tmp_path, config, make_batches(events={5: [crash]})), state)
+    assert_equal(checkpoint.load(tmp_path / "model").params["linear"], state.ema)
+
+
+def test_a_run_continues_with_other_steps_and_on_another_mesh(whole, tmp_path, capsys):
+    workdir, state = whole
+    train(tmp_path, make_config(steps=10))
+    other = make_config(mesh={"data": 2, "fsdp": 4})
+    resumed = train(tmp_path, other)
+    assert_close(resumed, state)
+    out = capsys.readouterr().out
+    assert "config changed: steps 10 -> 20" in out
+    assert "config changed: mesh.fsdp 1 -> 4" in out
+
+
+# What a step computes
+
+
+def test_the_loss_is_the_same_however_the_state_is_laid_out(whole, tmp_path):
+    state = train(tmp_path, make_config(mesh={"data": 2, "fsdp": 4}))
+    np.testing.assert_allclose(losses(tmp_path), losses(whole[0]), rtol=1e-5)
+    adam = optax.tree.get(state.opt_state, "mu"), optax.tree.get(state.opt_state, "nu")
+    for tree in (state.params, state.ema, *adam):
+        shards = {shard.data.shape for shard in tree["kernel"].addressable_shards}
+        assert shards == {(WIDTH // 4, WIDTH)}
+        assert tree["bias"].sharding.is_fully_replicated
+
+
+def run_updates(steps, accumulate=1, stage=None, batches=heldout, **options):
+    """States after each of some updates with plain gradient descent, as numpy arrays."""
+    stage = stage or linear(noise=0)
+    optimizer = optax.sgd(0.1)
+    grid = mesh.make()
+    update = jax.jit(
+        loop.make_update(stage.loss, optimizer, jax.random.key(0), **options)
+    )
+    params = stage.init(jax.random.key(1))
+    state = loop.TrainState(jnp.int32(0), params, params, optimizer.init(params))
+    states = [jax.device_get(state)]
+    for step in range(steps):
+        batch = mesh.put_batch(next(batches(step)), grid, accumulate)
+        state, metrics = update(state, stage.frozen, batch, step)
+        states.append(jax.device_get(state))
+    return states, metrics
+
+
+def test_accumulation_equals_the_big_batch():
+    (*_, big), big_metrics = run_updates(3, ema_decay=0.5)
+    (*_, small), small_metrics = run_updates(3, accumulate=2, ema_decay=0.5)
+    assert_close(small, big)
+    assert small_metrics["loss"] == pytest.approx(big_metrics["loss"])
+
+
+def test_micro_batches_have_their_own_noise():
+    def loss(params, frozen, batch, key):
+        value = jax.random.uniform(key)
+        return value + 0 * params["bias"].sum(), {"square": value**2}
+
+    stage = linear()._replace(loss=loss)
+    _, metrics = run_updates(1, accumulate=2, stage=stage, ema_decay=0.5)
+    assert metrics["square"] > metrics["loss"] ** 2 + 1e-6
+
+
+def test_ema():
+    (first, *states), _ = run_updates(12, ema_decay=0.5)
+    expected = first.params["bias"]
+    for step, state in enumerate(states):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * state.params["bias"]
+        np.testing.assert_allclose(state.ema["bias"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_state_stays_at_the_last_step_that_was_finite():
+    def batches(step):
+        yield {"x": np.full((16, WIDTH), np.nan if step == 2 else 0.1, np.float32)}
+
+    states, metrics = run_updates(5, batches=batches, ema_decay=0.5)
+    assert [int(state.step) for state in states] == [0, 1, 2, 2, 2, 2]
+    assert_equal(states[-1], states[2])
+    assert np.isfinite(metrics["loss"])  # of step 5, which did not count
+
+
+# What stops a run
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_last_good_step(
+    whole, tmp_path
+):
+    def batches(step):
+        for batch in make_batches()(step):
+            yield {"x": batch["x"] * (np.inf if step == 12 else 1)}
+            step += 1
+
+    config = make_config(log_every=10)
+    for _ in range(2):
+        with pytest.raises(UserError, match="not finite at step 13: .* from step 12"):
+            train(tmp_path, config, batches)
+        assert latest(tmp_path) == 12
+    assert not (tmp_path / "model").exists()
+    assert_equal(train(tmp_path), whole[1])
+
+
+def test_another_shape_than_the_checkpoint_has(tmp_path):
+    train(tmp_path, make_config(steps=5))
+    wide = linear(width=128)
+    config = make_config(seed=4)
+    message = (
+        r"checkpoints/5 does not fit .* params/bias \(256,\) instead of \(128,\).* "
+        r"config changed since \(seed 3 -> 4, steps 5 -> 20\): change it back"
+    )
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, config, stage=wide)
+
+
+@pytest.mark.parametrize("workdir", ["file", "file/below", "gs://bucket/run"])
+def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch, workdir):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(UserError, match=f"workdir .*{workdir}"):
+        train(workdir)
+
+
+@pytest.mark.parametrize("batch_size, accumulate", [(12, 1), (16, 3), (16, 0), (0, 1)])
+def test_a_batch_that_does_not_divide(tmp_path, batch_size, accumulate):
+    config = make_config(batch_size=batch_size, accumulate=accumulate)
+    with pytest.raises(UserError, match=f"batch_size={batch_size} .* multiple of"):
+        train(tmp_path, config)
+
+
+def main(workdir, changes, coordinator=None, processes=1, process=0):
+    process, processes, changes = int(process), int(processes), json.loads(changes)
+    if coordinator:
+        jax.distributed.initialize(coordinator, processes, process)
+    name, step = changes.pop("signal", ("SIGTERM", None))
+    if process == 0:
+        events = {step: [lambda: os.kill(os.getpid(), signal.Signals[name])]}
+    else:
+        events = {}
+    batches = make_batches(16 // processes, process, events)
+    try:
+        loop.train(linear(), make_config(**changes), batches, heldout, workdir)
+    except loop.Interrupted as stop:
+        print(stop)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,68 @@
+"""Trains a stage, or all of them in order.
+
+python train.py --config=configs/STAGE.py:SIZE --workdir=DIR [--config.key=value]
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from dalle2_jax.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configs/STAGE.py:SIZE; --config.key=value changes a key."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints, metrics, previews and the model go."
+)
+
+
+def run(config: ConfigDict, workdir: Path) -> bool:
+    """Trains what the config describes; False if it was interrupted (and saved).
+
+    A config with ``stages`` trains each in WORKDIR/STAGE, in order and each upon the
+    model of the one before; the last one's model is the whole, and goes to
+    WORKDIR/model.
+    """
+    # Imported late, so that a mistake in the flags is told at once.
+    from dalle2_jax import checkpoint, stages
+    from dalle2_jax.train import loop
+
+    if "stages" in config:
+        base = ""
+        for name in config.stages:
+            part = config[name]
+            part.base = base
+            if not run(part, workdir / name):
+                return False
+            base = str(workdir / name / "model")
+        checkpoint.copy(base, workdir / "model")
+        return True
+    stage = stages.MAKE[config.stage](config)
+    state = loop.train(
+        stage,
+        config,
+        lambda step: stage.batches("train", step),
+        lambda step: stage.batches("heldout", step),
+        workdir,
+    )
+    return int(state.step) == config.steps
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"unknown arguments {argv[1:]}: options begin with --")
+    if CONFIG.value is None:
+        raise UserError("no --config: give one, as --config=configs/clip.py:small")
+    if not WORKDIR.value:
+        raise UserError("no --workdir: give a directory for this run")
+    from dalle2_jax.train import setup
+
+    setup.initialize()
+    run(CONFIG.value, Path(WORKDIR.value))
+
+
+if __name__ == "__main__":
+    main(sys.argv)
