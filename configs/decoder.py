@@ -93,6 +93,7 @@ def get_config(size: str = "small") -> ConfigDict:
 
     config.net = ConfigDict()
     config.net.unet = ConfigDict(values["unet"])
+    config.net.unet.in_channels = 3
     config.net.unet.scale_shift = True
     config.net.unet.remat = size == "paper"
     config.net.context_width = values["text_encoder"]["width"]

@@ -85,6 +85,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.optim.update(values["optim"])
 
     config.net = ConfigDict(values["net"])
+    config.net.in_channels = 6
     config.net.out_channels = 3
     config.net.attention_levels = ()
     config.net.head_channels = 64

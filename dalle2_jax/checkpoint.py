@@ -9,9 +9,11 @@ a directory with everything that sampling needs, and nothing pickled:
     statistics.safetensors       for instance mean and deviation of the embeddings
 """
 
+import contextlib
 import json
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 from dalle2_jax.errors import UserError
 
 FORMAT = 1
+BUNDLED = Path(__file__).parent / "assets"  # the model that ships
 
 
 class Export(NamedTuple):
@@ -56,33 +59,21 @@ def export(
     Raises:
         UserError: something else is in the way, or the directory can't be written.
     """
-    directory = Path(directory).absolute()
-    if directory.exists() and not (directory / "config.json").exists():
-        if not directory.is_dir() or any(directory.iterdir()):
-            raise UserError(
-                f"{directory} exists and is not a model: export to a new directory"
-            )
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        # Written aside and moved into place: nobody sees a half-written model.
-        with tempfile.TemporaryDirectory(
-            dir=directory.parent, prefix=f".{directory.name}-"
-        ) as scratch:
-            model = Path(scratch) / "new"
-            model.mkdir()
-            text = json.dumps({**config, "format": FORMAT}, indent=2)
-            (model / "config.json").write_text(text + "\n")
-            for name, tree in params.items():
-                _save(model / f"{name}.safetensors", tree)
-            if statistics:
-                _save(model / "statistics.safetensors", statistics)
-            if tokenizer is not None:
-                tokenizer.save(model / "tokenizer")
-            if directory.exists():
-                directory.rename(Path(scratch) / "old")
-            model.rename(directory)
-    except OSError as error:
-        raise UserError(f"cannot write the model {directory}: {error}") from error
+    with _replacing(directory) as new:
+        text = json.dumps({**config, "format": FORMAT}, indent=2)
+        (new / "config.json").write_text(text + "\n")
+        for name, tree in params.items():
+            _save(new / f"{name}.safetensors", tree)
+        if statistics:
+            _save(new / "statistics.safetensors", statistics)
+        if tokenizer is not None:
+            tokenizer.save(new / "tokenizer")
+
+
+def copy(model: str | Path, directory: str | Path) -> None:
+    """Copies a model; one that is already there is replaced as a whole."""
+    with _replacing(directory) as new:
+        shutil.copytree(model, new, dirs_exist_ok=True)
 
 
 def load(directory: str | Path) -> Export:
@@ -155,11 +146,14 @@ class Run:
         if keep < 1:
             raise UserError(f"keep is {keep}: at least one checkpoint must be kept")
         self.directory = Path(directory).absolute()
+        if jax.process_index() == 0:
+            # What a killed process left. (Orbax would do it in the background, and fail
+            # at the next save if two processes did it at the same time.)
+            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
@@ -171,21 +165,29 @@ class Run:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, config: Mapping[str, Any]) -> None:
-        """Starts to save the state; the caller may donate its buffers right away."""
+        """Starts to save the state; the caller may donate its buffers right away.
+
+        Raises:
+            UserError: the step before could not be written.
+        """
         if step == self.latest_step():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                config=ocp.args.JsonSave(dict(config)),
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(dict(config))
         )
+        with self._writing():
+            self._manager.save(step, args=args)
+
+    def wait(self) -> None:
+        """Returns when all that was saved is complete on disk."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def config(self) -> dict[str, Any]:
         """The config that the latest step was saved with."""
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return self._manager.restore(self.latest_step(), args=args).config
+        with self._reading() as step:
+            return self._manager.restore(step, args=args).config
 
     def restore(self, abstract: Any, changed: Sequence[str] = ()) -> Any:
         """Reads the latest step.
@@ -197,42 +199,46 @@ class Run:
         Raises:
             UserError: names or shapes differ, or a file can't be read.
         """
-        step = self.latest_step()
-        where = self.directory / str(step)
-        # Compared here because orbax would tell the difference in pages.
+        with self._reading() as step:
+            saved = self._manager.item_metadata(step)["state"]
         try:
-            check(self._manager.item_metadata(step)["state"], abstract, where)
+            # Compared here because orbax would tell the difference in pages.
+            check(saved, abstract, self.directory / str(step))
         except UserError as error:
             raise UserError(
-                f"{error}; the config changed since ({_some(changed)}): "
-                "change it back, or train in another workdir"
+                f"{error}; since it was saved, {_some(changed) or 'nothing'} changed in "
+                "the config: change it back, or train in another workdir"
             ) from None
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        try:
+        with self._reading() as step:
             return self._manager.restore(step, args=args).state
-        except (ValueError, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"{where} cannot be read ({reason}): "
-                "remove it to resume from the step before"
-            ) from error
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes of a cluster are to save at this step and stop."""
         return self._manager.reached_preemption(step)
 
-    def wait(self) -> None:
-        """Returns when all that was saved is complete on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        self._manager.close()
+        """Waits, and stops the threads that write."""
+        with self._writing():
+            self._manager.close()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[int]:
+        step = self.latest_step()
+        where = self.directory / str(step)
+        with _one_line(f"cannot read {where}, remove it to resume from the one before"):
+            yield step
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with _one_line(f"cannot save a checkpoint to {self.directory}"):
+            yield
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -243,6 +249,33 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+
+
+@contextlib.contextmanager
+def _replacing(directory: str | Path) -> Iterator[Path]:
+    """Yields a new directory, which at the end is put in the place of a model.
+
+    So nobody sees a half-written model, and what fails leaves the old one there.
+    """
+    directory = Path(directory).expanduser().absolute()
+    if directory.exists() and not (directory / "config.json").exists():
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise UserError(
+                f"{directory} exists and is not a model: give a new directory"
+            )
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=directory.parent, prefix=f".{directory.name}-"
+        ) as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            yield new
+            if directory.exists():
+                directory.rename(Path(scratch) / "old")
+            new.rename(directory)
+    except OSError as error:
+        raise UserError(f"cannot write the model {directory}: {error}") from error
 
 
 def _save(path: Path, tree: Mapping[str, Any]) -> None:
@@ -270,3 +303,13 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _some(names: Sequence[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+@contextlib.contextmanager
+def _one_line(message: str) -> Iterator[None]:
+    """Turns orbax's errors about files into a UserError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{message}: {reason}") from error

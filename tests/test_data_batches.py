@@ -31,7 +31,7 @@ def gradient(value):
 
 
 def numbered(count, bad=()):
-    """A source of gradients, captioned by their numbers; those in `bad` are unusable."""
+    """Gradients captioned by their numbers; those in `bad` are unusable."""
 
     def read(i):
         if i in bad:

@@ -247,6 +247,8 @@ def test_tar_errors(shards, tmp_path):
     for pattern in ("b.tar", "b-*.tar", "{b,c}.tar"):
         with pytest.raises(UserError, match="there is no tar at"):
             open_source("webdataset", f"{shards}/{pattern}")
+    with pytest.raises(UserError, match="empty range"):
+        open_source("webdataset", f"{shards}/a-{{2..0}}.tar")
     bad = tmp_path / "bad.tar"
     bad.write_bytes(b"this is no tar" * 100)
     with pytest.raises(UserError, match="bad.tar is not a tar"):

@@ -217,15 +217,24 @@ def test_a_crashed_run_resumes_exactly(whole, tmp_path, step, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_it_came_in(whole, tmp_path, number):
+def test_a_signal_saves_the_step_it_came_in(whole, tmp_path, number, capsys):
     workdir, state = whole
     before = signal.getsignal(number)
     events = {7: [lambda: signal.raise_signal(number)]}
-    with pytest.raises(loop.Interrupted, match=f"{number.name}: step 8 of 20 is saved"):
-        train(tmp_path, batches=make_batches(events=events))
+    stopped = train(tmp_path, batches=make_batches(events=events))
     assert signal.getsignal(number) == before
-    assert latest(tmp_path) == 8
+    assert latest(tmp_path) == stopped.step == 8
+    assert (
+        f"{number.name}: stopped at step 8, which is saved" in capsys.readouterr().out
+    )
+    assert not (tmp_path / "model").exists()
     assert_equal(train(tmp_path), state)
+
+
+def test_a_signal_in_the_last_step_comes_too_late(whole, tmp_path):
+    events = {19: [lambda: signal.raise_signal(signal.SIGTERM)]}
+    assert_equal(train(tmp_path, batches=make_batches(events=events)), whole[1])
+    assert (tmp_path / "model").exists()
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -236,7 +245,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 def test_a_killed_run_resumes_exactly(whole, tmp_path):
     workdir, state = whole
-    # The batch of step 10 is asked for while the checkpoint of step 10 is being written.
+    # This batch is asked for while the checkpoint of step 10 is being written.
     done = train_elsewhere(tmp_path, signal=["SIGKILL", 10])
     assert done.returncode == -signal.SIGKILL
     assert latest(tmp_path) in (5, 10)
@@ -278,7 +287,7 @@ def test_the_loss_is_the_same_however_the_state_is_laid_out(whole, tmp_path):
 
 
 def run_updates(steps, accumulate=1, stage=None, batches=heldout, **options):
-    """States after each of some updates with plain gradient descent, as numpy arrays."""
+    """States after each of some updates with plain gradient descent, in numpy."""
     stage = stage or linear(noise=0)
     optimizer = optax.sgd(0.1)
     grid = mesh.make()
@@ -357,7 +366,7 @@ def test_another_shape_than_the_checkpoint_has(tmp_path):
     config = make_config(seed=4)
     message = (
         r"checkpoints/5 does not fit .* params/bias \(256,\) instead of \(128,\).* "
-        r"config changed since \(seed 3 -> 4, steps 5 -> 20\): change it back"
+        r"since it was saved, seed 3 -> 4, steps 5 -> 20 changed in the config"
     )
     with pytest.raises(UserError, match=message):
         train(tmp_path, config, stage=wide)
@@ -374,7 +383,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch, workdir):
 @pytest.mark.parametrize("batch_size, accumulate", [(12, 1), (16, 3), (16, 0), (0, 1)])
 def test_a_batch_that_does_not_divide(tmp_path, batch_size, accumulate):
     config = make_config(batch_size=batch_size, accumulate=accumulate)
-    with pytest.raises(UserError, match=f"batch_size={batch_size} .* multiple of"):
+    with pytest.raises(UserError, match=f"batch_size={batch_size} must be a multiple"):
         train(tmp_path, config)
 
 
@@ -388,10 +397,7 @@ def main(workdir, changes, coordinator=None, processes=1, process=0):
     else:
         events = {}
     batches = make_batches(16 // processes, process, events)
-    try:
-        loop.train(linear(), make_config(**changes), batches, heldout, workdir)
-    except loop.Interrupted as stop:
-        print(stop)
+    loop.train(linear(), make_config(**changes), batches, heldout, workdir)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def batches(
         for attempt in range(TRIES):
             if attempt:  # any other example will do, if it is always the same
                 chance = np.random.default_rng((seed, position, attempt))
-                index = chance.integers(len(source))
+                index = int(chance.integers(len(source)))
             rng = np.random.default_rng((seed, position))
             try:
                 return prepare(source[index], rng), skipped
@@ -145,7 +145,7 @@ def batches(
     )[process_index::process_count]
     iterator = iter(
         dataset.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         )
     )
     iterator.set_state({"next_index": step})

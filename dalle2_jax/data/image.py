@@ -184,8 +184,8 @@ def gaussian_blur(
 ) -> Float[Array, "b h w c"]:
     """Blurs every channel; beyond the border is the mirror image, less its first pixel.
 
-    The default is what the paper blurs the 64 × 64 picture with to train the first
-    upsampler (appendix C).
+    By default as the low-resolution picture in the training of the paper's first
+    upsampler (section 2.1).
     """
     offsets = np.arange(kernel) - (kernel - 1) / 2
     weights = np.exp(-(offsets**2) / (2 * sigma**2))

@@ -6,7 +6,6 @@ Every source is a random-access sequence of examples, dicts with the keys
     key      str, to name the example in messages
 """
 
-import glob
 import inspect
 import itertools
 import json
@@ -328,19 +327,22 @@ def _shards(path: str):
     import fsspec
 
     patterns = _expand_braces(path)
+    if not patterns:
+        raise UserError(f"the braces of {path} are an empty range")
     try:
         fs, _ = fsspec.core.url_to_fs(patterns[0])
         shards = []
         for pattern in patterns:
             _, plain = fsspec.core.url_to_fs(pattern)
-            found = [plain]
-            if glob.has_magic(plain):
-                found = sorted(fs.glob(plain))
+            if fs.isfile(plain):
+                found = [plain]
             elif fs.isdir(plain):
-                found = sorted(fs.glob(plain.rstrip("/") + "/*.tar"))
-            if not found or not all(fs.exists(file) for file in found):
+                found = [f for f in fs.ls(plain, detail=False) if f.endswith(".tar")]
+            else:
+                found = fs.glob(plain)
+            if not found:
                 raise UserError(f"there is no tar at {pattern}")
-            shards += found
+            shards += sorted(found)
     except UserError:
         raise
     except (ImportError, ValueError, OSError) as error:
@@ -416,7 +418,10 @@ def _tfds(
         features = builder.info.features
     # TFDS raises anything, down to the failed import of TensorFlow.
     except Exception as error:
-        raise UserError(f"cannot open TFDS {path}: {first_line(error)}") from error
+        said = first_line(error)
+        if "tensorflow" in said:
+            said += "; if it needs TensorFlow, pip install 'dalle2_jax[tf]'"
+        raise UserError(f"cannot open TFDS {path}: {said}") from error
     if not isinstance(_feature(features, image), tfds.features.Image):
         raise UserError(f'TFDS {path} has no images "{image}", but {[*features]}')
     text = _feature(features, caption)

@@ -35,7 +35,7 @@ def classifier_free(
         others, a learned variance, are those given the condition.
 
     Returns:
-      (x_t, timesteps) -> output, float32. Both passes are one batch of 2b.
+      (x_t, timesteps) -> output. Both passes are one batch of 2b, mixed in float32.
     """
     if isinstance(scale, int | float) and scale == 1:
         return lambda x_t, t: apply(x_t, t, cond)
@@ -68,8 +68,9 @@ def denoiser(
 ) -> Denoiser:
     """Makes a denoiser for `schedule` of a network that knows timesteps.
 
-    `predict` and `variance` are what the network was trained for, see `process`.
-    `transform` is applied to each predicted x0, from which samplers go on.
+    `predict` and `variance` are what the network was trained for, see `process`;
+    the denoiser raises UserError where they are unknown. `transform` is applied to each
+    predicted x0, from which samplers go on.
     """
 
     def denoise(x_t, i):

@@ -144,6 +144,10 @@ def loss(
       i: level of each example.
       min_snr_gamma: caps the squared error's weight, in terms of x0, at this
         signal-to-noise ratio (Hang et al. 2023; 5 is theirs). None: no weights.
+
+    Raises:
+      UserError: `predict` or `variance` is unknown.
+      ValueError: the output's channels don't fit `variance`.
     """
     prediction, v = split(output.astype(jnp.float32), variance)
     if prediction.shape != x_t.shape:

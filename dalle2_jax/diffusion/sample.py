@@ -83,14 +83,20 @@ def ddim(
     if draw is None and eta != 0:
         raise ValueError(f"eta is {eta}: its noise must come from somewhere; pass draw")
 
+    # Of x_{i-1}'s noise, eta² (1 - ratio) is fresh (eq. 16). Where there is most, the
+    # rest at eta 1 is some 1e-8, which float32 keeps as a ratio, not as a difference.
+    ratio = schedule.snr * (1 - schedule.alpha_bar_prev) / schedule.alpha_bar_prev
+
     def step(x, i):
         x0 = denoise(x, i).x0
-        eps = to_eps(schedule, "x0", x0, x, i)
-        level = at(1 - schedule.alpha_bar_prev, i, x)
-        fresh = jnp.minimum(eta**2 * at(schedule.posterior_variance, i, x), level)
-        noise = 0 if draw is None else jnp.sqrt(fresh) * draw(schedule.steps - i)
+        noise = to_eps(schedule, "x0", x0, x, i)
+        if draw is not None:
+            kept = jnp.maximum(1 - eta**2 + eta**2 * at(ratio, i, x), 0)
+            fresh = jnp.minimum(eta**2 * at(1 - ratio, i, x), 1)
+            z = draw(schedule.steps - i)
+            noise = jnp.sqrt(kept) * noise + jnp.sqrt(fresh) * z
         signal = at(np.sqrt(schedule.alpha_bar_prev), i, x)
-        return signal * x0 + jnp.sqrt(level - fresh) * eps + noise
+        return signal * x0 + at(np.sqrt(1 - schedule.alpha_bar_prev), i, x) * noise
 
     return _scan(step, x, _descending(schedule))
 

@@ -1,4 +1,4 @@
-"""Judges pictures of plain shapes from their pixels: does a picture show its caption?
+r"""Judges pictures of plain shapes from their pixels: does a picture show its caption?
 
 It knows the contract of the captions and nothing of how pictures are made: the tables
 below repeat the contract on purpose, so that a mistake in a renderer or a model cannot
@@ -7,22 +7,25 @@ hide in a table that both read.
     python -m dalle2_jax.evaluate.shapes --model=DIR --num=200 --seed=12345 \
         --out=report.json
 
-samples from a model, prints how often each attribute is right, and writes the verdicts
+samples from a model, prints how often each attribute is right, and writes every verdict
 to report.json and some of the pictures to report.png.
 """
 
 import argparse
 import itertools
 import json
+import math
 import re
-import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Complex, Float, Float32, UInt8
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from rich.progress import track
 from scipy import ndimage
 
 from dalle2_jax.errors import UserError
@@ -39,6 +42,7 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (245, 245, 245), "gray": (150, 150, 150), "black": (20, 20, 20)}
 SIZES = ("small", "large")
+SHAPES = ("circle", "square", "triangle", "star", "cross")
 RELATIONS = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
 UNSEEN = (  # in no picture that the bundled model was trained on
     ("red", "star"),
@@ -50,76 +54,30 @@ UNSEEN = (  # in no picture that the bundled model was trained on
 KINDS = ("single", "pair", "unseen")
 ATTRIBUTES = ("count", "colour", "shape", "size", "relation", "background", "all")
 
-SMALLEST_SIDE = 64  # pixels; a small star cannot be told apart below it
-SPECK = 0.003  # of the picture's area: what is smaller is noise
-EDGE = 0.06  # width, in sides, of the widest soft edge
-FAR = 75  # distance in RGB beyond which a colour is none of a table
-DOUBT = 80  # distance in RGB that a pixel must be nearer to count as half covered
-LARGE = 0.18  # radius in sides: the geometric mean of the contract's 0.155 and 0.21
-FIT = 0.8  # overlap (intersection over union) below which an outline is no shape
+# Lengths and areas are in sides of the picture; colours differ by distance in RGB.
+SPECK = 0.003  # area of the largest thing that is only noise
+EDGE = 0.06  # width of the widest soft edge
+LARGE = 0.18  # radius between the contract's 0.155 and 0.21, by their geometric mean
+FAINT = 50  # a thing that differs less from the background is none
+FAR = 75  # a colour that differs more from all of a table is none of it
+DOUBT = 80  # how much better a pixel must be explained as half covered than as covered
+FIT = 0.93  # least correlation of a thing with its shape
+CLEAR = 1.4  # how many times as far from a correlation of 1 the next best shape must be
+MOST = 4  # things compared with a caption: more than it can name
+
 CHUNK = 25  # prompts sampled in one call
 
 
-def _outline(radii: Sequence[float], degrees: Sequence[float]) -> np.ndarray:
-    """Corners of a polygon as complex numbers x + iy, y down, ordered by angle."""
-    corners = np.array(radii) * np.exp(1j * np.radians(degrees))
-    return corners[np.argsort(np.angle(corners))]
-
-
-def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a.conj() * b).imag
-
-
-def _area(corners: np.ndarray) -> float:
-    return _cross(np.roll(corners, 1), corners).sum() / 2
-
-
-def _reach(corners: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """Distance from the origin to the outline in each direction (radians)."""
-    k = np.searchsorted(np.angle(corners), angle) % len(corners)
-    start, edge = corners[k - 1], corners[k] - corners[k - 1]
-    return _cross(start, edge) / _cross(np.exp(1j * angle), edge)
-
-
-UP = -90  # degrees
-INNER = np.cos(np.radians(72)) / np.cos(np.radians(36))  # of a regular five-pointed star
-ARM = np.degrees(np.arctan(1 / 3))  # half the angle under which a cross's arm ends
-OUTLINES = {  # around their centres of mass, with circumradius 1
-    "circle": _outline([1] * 90, range(0, 360, 4)),
-    "square": _outline([1] * 4, range(45, 360, 90)),
-    "triangle": _outline([1] * 3, range(UP, UP + 360, 120)),
-    "star": _outline([1, INNER] * 5, range(UP, UP + 360, 36)),
-    "cross": _outline(
-        [1, np.sqrt(0.2), 1] * 4,
-        [turn + step for turn in range(0, 360, 90) for step in (-ARM, 45, ARM)],
-    ),
-}
-
-
-def _ideals(outline: np.ndarray) -> np.ndarray:
-    """A shape of area 1 on GRID, sharp and blurred: unit vectors [len(BLURS), pixels]."""
-    sharp = abs(GRID) < _reach(outline, np.angle(GRID)) / np.sqrt(_area(outline))
-    spacing = abs(GRID[0, 1] - GRID[0, 0])
-    stack = [ndimage.gaussian_filter(1.0 * sharp, blur / spacing) for blur in BLURS]
-    ideals = np.reshape(stack, [len(BLURS), -1])
-    return ideals / np.linalg.norm(ideals, axis=1, keepdims=True)
-
-
-GRID = np.linspace(-1.2, 1.2, 97) + 1j * np.linspace(-1.2, 1.2, 97)[:, None]
-BLURS = (0, 0.05, 0.1, 0.15, 0.2)
-IDEALS = {shape: _ideals(outline) for shape, outline in OUTLINES.items()}
-
-
 class Thing(NamedTuple):
-    """What a caption says of one thing, or what one in a picture looks like."""
+    """What a caption says of a thing, or a thing looks like; None is neither."""
 
-    size: str
+    size: str | None
     colour: str | None
     shape: str | None
 
 
 class Wanted(NamedTuple):
-    """What a caption says. `relation` is that of the first thing to the second."""
+    """What a caption says; the relation is that of the first thing to the second."""
 
     things: tuple[Thing, ...]
     relation: str | None
@@ -127,7 +85,7 @@ class Wanted(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A thing in a picture; lengths in sides of the picture, y pointing down."""
+    """A thing in a picture; y points down, `fit` is the correlation with its shape."""
 
     thing: Thing
     x: float
@@ -137,15 +95,18 @@ class Found(NamedTuple):
 
 
 class View(NamedTuple):
-    """What a picture shows; what belongs to no table is None."""
+    """What a picture shows, the largest thing first."""
 
     found: tuple[Found, ...]
     background: str | None
 
 
+NOTHING = Found(Thing(None, None, None), np.nan, np.nan, np.nan, 0.0)
+
+
 def parse(caption: str) -> Wanted:
     """Reads a caption of the contract's grammar; UserError if it is none."""
-    one = f"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(OUTLINES)})"
+    one = f"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     match = re.fullmatch(
         f"{one}(?: ({'|'.join(RELATIONS)}) {one})?"
         f"(?: on a ({'|'.join(BACKGROUNDS)}) background)?",
@@ -153,69 +114,76 @@ def parse(caption: str) -> Wanted:
     )
     if not match:
         raise UserError(
-            f"caption {caption!r} is not one of shapes: write it as 'a small red circle"
-            " above a large blue square on a white background'"
+            f"caption {caption!r} is not one of shapes: write it like 'a small red "
+            "circle above a large blue square on a white background'"
         )
     *first, relation, size, colour, shape, background = match.groups()
-    things = (Thing(*first),)
-    if relation:
-        things += (Thing(size, colour, shape),)
-    return Wanted(things, relation, background)
-
-
-def look(picture: UInt8[np.ndarray, "side side 3"]) -> View:
-    """Finds the things in an RGB picture and its background.
-
-    Raises ValueError if the side is less than 64 pixels.
-    """
-    side = len(picture)
-    if side < SMALLEST_SIDE:
-        raise ValueError(f"a picture of side {side}: pass {SMALLEST_SIDE} or more")
-    pixels = picture.astype(np.float32)
-    border = np.ones((side, side), bool)
-    border[2:-2, 2:-2] = False
-    ground = np.median(pixels[border], axis=0)
-
-    labels, count = ndimage.label(_cover(pixels, ground) > 0.5)
-    areas = np.bincount(labels.ravel())
-    names = [label for label in range(1, count + 1) if areas[label] >= SPECK * side**2]
-    labels[~np.isin(labels, names)] = 0
-    # What a thing's soft edge can reach and is nearest to it is its zone.
-    far, (y, x) = ndimage.distance_transform_edt(labels == 0, return_indices=True)
-    zones = np.where(far <= EDGE * side, labels[y, x], 0)
-    found = [_inspect(pixels, ground, labels == n, zones == n) for n in names]
-    return View(tuple(found), _nearest(ground, BACKGROUNDS))
+    second = [Thing(size, colour, shape)] if relation else []
+    return Wanted((Thing(*first), *second), relation, background)
 
 
 def judge(picture: UInt8[np.ndarray, "side side 3"], caption: str) -> dict[str, bool]:
     """Whether a picture shows each attribute that a caption names.
 
-    Keys: count, colour, shape, size, all; relation and background if the caption names
+    The keys are those of ATTRIBUTES; relation and background only if the caption names
     them. When the count is wrong, the others tell of the things that match best.
+    Raises what `parse` raises for a caption and `look` for a picture.
     """
     wanted, view = parse(caption), look(picture)
     count = len(wanted.things)
-    # Too few things in the picture: pretend more that match nothing, nowhere.
-    nothing = Found(Thing("", None, None), np.nan, np.nan, np.nan, 0.0)
-    found = view.found + (nothing,) * (count - len(view.found))
-    verdicts = [
-        _compare(wanted, chosen) for chosen in itertools.permutations(found, count)
-    ]
-    # Which thing is which: whoever makes most of the caption true.
-    verdict = max(verdicts, key=lambda matches: sum(map(sum, matches.values())))
+    candidates = [*view.found[:MOST], *[NOTHING] * (count - len(view.found))]
+    # Which is which: the choice that makes most of the caption true.
+    matches = max(
+        (
+            _compare(wanted, found)
+            for found in itertools.permutations(candidates, count)
+        ),
+        key=lambda matches: sum(map(sum, matches.values())),
+    )
     right = {"count": len(view.found) == count}
-    right |= {name: all(matches) for name, matches in verdict.items()}
+    right |= {attribute: all(which) for attribute, which in matches.items()}
     if wanted.background:
         right["background"] = view.background == wanted.background
     return right | {"all": all(right.values())}
 
 
+def look(picture: UInt8[np.ndarray, "side side 3"]) -> View:
+    """Finds the things in an RGB picture, and its background.
+
+    Raises ValueError if the side is less than 64 pixels.
+    """
+    side = len(picture)
+    if side < 64:  # at which a small star is still told from a small circle
+        raise ValueError(f"a picture of side {side}: pass one of 64 pixels or more")
+    pixels = picture.astype(np.float32)
+    border = np.ones((side, side), bool)
+    border[2:-2, 2:-2] = False
+    ground = np.median(pixels[border], axis=0)
+
+    differs = np.linalg.norm(pixels - ground, axis=-1) > FAINT / 2
+    covered = np.zeros((side, side), bool)
+    covered[differs] = _cover(pixels[differs], ground) > 0.5
+    labels, _ = ndimage.label(covered)
+    areas = np.bincount(labels.ravel())
+    labels[areas[labels] < SPECK * side**2] = 0
+    # A thing's zone is where its soft edge can reach and no other thing is nearer.
+    distance, nearest = ndimage.distance_transform_edt(labels == 0, return_indices=True)
+    zones = np.where(distance <= EDGE * side, labels[tuple(nearest)], 0)
+    found = [
+        _inspect(pixels, ground, labels == label, zones == label, box)
+        for label, box in enumerate(ndimage.find_objects(zones), start=1)
+        if box
+    ]
+    found = sorted(filter(None, found), key=lambda thing: -thing.radius)
+    return View(tuple(found), _nearest(ground, BACKGROUNDS))
+
+
 def _compare(wanted: Wanted, found: Sequence[Found]) -> dict[str, list[bool]]:
-    """For each attribute of the things, which of its occurrences are right."""
+    """For each attribute, whether it is right wherever it occurs."""
     matches = {
         name: [
-            getattr(a, name) == getattr(b.thing, name)
-            for a, b in zip(wanted.things, found, strict=True)
+            getattr(thing, name) == getattr(other.thing, name)
+            for thing, other in zip(wanted.things, found, strict=True)
         ]
         for name in ("colour", "shape", "size")
     }
@@ -223,24 +191,26 @@ def _compare(wanted: Wanted, found: Sequence[Found]) -> dict[str, list[bool]]:
         first, second = found
         step = np.array([first.x - second.x, first.y - second.y])
         along = step @ RELATIONS[wanted.relation]
-        across = np.abs(step).sum() - abs(along)
+        across = abs(step).sum() - abs(along)
         matches["relation"] = [bool(along > across)]
     return matches
 
 
 def _cover(
-    pixels: Float[np.ndarray, "h w 3"], ground: Float[np.ndarray, " 3"]
-) -> Float[np.ndarray, "h w"]:
-    """How much of each pixel is covered by a thing of any of the colours, in [0, 1].
+    pixels: Float32[np.ndarray, "n 3"], ground: Float32[np.ndarray, " 3"]
+) -> Float32[np.ndarray, " n"]:
+    """How much of each pixel is covered by a thing of any colour, in [0, 1].
 
     A pixel at an edge lies between the background and a colour; of the colours, the one
-    that explains the pixel best counts. Pixels inside outnumber those at edges, so that
-    a pale red is rather pink than half a red.
+    that explains the pixel best counts. Covered pixels outnumber half covered ones, so
+    that a pale red is rather pink than half a red.
     """
-    best = np.full(pixels.shape[:2], np.inf, np.float32)
+    best = np.full(len(pixels), np.inf, np.float32)
     cover = np.zeros_like(best)
     for colour in COLOURS.values():
         step = np.float32(colour) - ground
+        if np.linalg.norm(step) < FAINT:
+            continue
         part = np.clip((pixels - ground) @ step / (step @ step), 0, 1)
         error = np.linalg.norm(pixels - ground - part[..., None] * step, axis=-1)
         error += DOUBT * np.minimum(part, 1 - part)
@@ -250,41 +220,261 @@ def _cover(
 
 
 def _inspect(
-    pixels: Float[np.ndarray, "h w 3"],
-    ground: Float[np.ndarray, " 3"],
+    pixels: Float32[np.ndarray, "h w 3"],
+    ground: Float32[np.ndarray, " 3"],
     mask: Bool[np.ndarray, "h w"],
     zone: Bool[np.ndarray, "h w"],
-) -> Found:
-    """Describes the thing that has the pixels in `mask`, and its edges in `zone`."""
+    box: tuple[slice, slice],
+) -> Found | None:
+    """Describes the thing with its inside in `mask`, its edge in `zone`, both in `box`.
+
+    None if it hardly differs from the background.
+    """
     side = len(pixels)
+    pixels, mask, zone = pixels[box], mask[box], zone[box]
     depth = ndimage.distance_transform_edt(mask)
     colour = np.median(pixels[depth >= depth.max() / 2], axis=0)
     step = colour - ground
-    # Not clipped to [0, 1], so that noise is zero on average.
-    cover = zone * ((pixels - ground) @ step / (step @ step))
-    area = cover.sum()
-    y, x = ndimage.center_of_mass(cover)
+    if np.linalg.norm(step) < FAINT:
+        return None
+    # Not clipped to [0, 1]: its noise is 0 on average, and its sum withstands a blur.
+    cover = zone * ((pixels - ground) @ step) / (step @ step)
+    area = max(float(cover.sum()), 1.0)
+    y, x = map(float, ndimage.center_of_mass(mask))
 
     unit = np.sqrt(area)
     place = [y + GRID.imag * unit, x + GRID.real * unit]
     seen = ndimage.map_coordinates(cover, place, order=1).ravel()
-    fits = {
-        shape: (ideals @ seen).max() / np.linalg.norm(seen)
-        for shape, ideals in IDEALS.items()
-    }
-    shape = max(fits, key=fits.get)
-    # The radius is that of the circle around the shape; for a square, which would look
-    # small so, that of the circle of its area.
+    seen /= np.linalg.norm(seen)
+    fits = {shape: float((ideals @ seen).max()) for shape, ideals in IDEALS.items()}
+    *_, other, shape = sorted(fits, key=fits.get)
+    clear = fits[shape] >= FIT and 1 - fits[other] >= CLEAR * (1 - fits[shape])
+    # The circumradius. A square would look small with it: its radius, which the
+    # contract leaves open, is that of the circle of its area.
     radius = np.sqrt(area / (np.pi if shape == "square" else _area(OUTLINES[shape])))
+    radius = float(radius) / side
     thing = Thing(
-        "large" if radius > LARGE * side else "small",
+        "large" if radius > LARGE else "small",
         _nearest(colour, COLOURS),
-        shape if fits[shape] >= FIT else None,
+        shape if clear else None,
     )
-    return Found(thing, (x + 0.5) / side, (y + 0.5) / side, radius / side, fits[shape])
+    x, y = (box[1].start + x + 0.5) / side, (box[0].start + y + 0.5) / side
+    return Found(thing, x, y, radius, fits[shape])
 
 
-def _nearest(colour: Float[np.ndarray, " 3"], table: dict) -> str | None:
-    far = {name: np.linalg.norm(colour - value) for name, value in table.items()}
-    name = min(far, key=far.get)
-    return name if far[name] <= FAR else None
+def _nearest(colour: Float32[np.ndarray, " 3"], table: dict) -> str | None:
+    """The colour's name in a table, None if it is far from all of them."""
+    distances = {name: np.linalg.norm(colour - rgb) for name, rgb in table.items()}
+    name = min(distances, key=distances.get)
+    return name if distances[name] <= FAR else None
+
+
+def _outline(radii: ArrayLike, degrees: ArrayLike) -> Complex[np.ndarray, " n"]:
+    """Corners of a polygon as complex numbers x + iy, y down, ordered by angle."""
+    corners = np.array(radii) * np.exp(1j * np.radians(degrees))
+    return corners[np.argsort(np.angle(corners))]
+
+
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a.conj() * b).imag
+
+
+def _area(corners: Complex[np.ndarray, " n"]) -> float:
+    return float(_cross(np.roll(corners, 1), corners).sum()) / 2
+
+
+def _reach(
+    corners: Complex[np.ndarray, " n"], angle: Float[np.ndarray, "h w"]
+) -> Float[np.ndarray, "h w"]:
+    """Distance from the origin to the outline in each direction (radians)."""
+    k = np.searchsorted(np.angle(corners), angle) % len(corners)
+    start, edge = corners[k - 1], corners[k] - corners[k - 1]
+    return _cross(start, edge) / _cross(np.exp(1j * angle), edge)
+
+
+def _ideals(corners: Complex[np.ndarray, " n"]) -> Float[np.ndarray, "blurs pixels"]:
+    """A shape of area 1 on GRID, sharp and blurred, as unit vectors."""
+    sharp = abs(GRID) < _reach(corners, np.angle(GRID)) / np.sqrt(_area(corners))
+    spacing = (GRID[0, 1] - GRID[0, 0]).real
+    stack = [ndimage.gaussian_filter(1.0 * sharp, blur / spacing) for blur in BLURS]
+    vectors = np.reshape(stack, [len(BLURS), -1])
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+UP = -90  # degrees
+INNER = np.cos(np.radians(72)) / np.cos(
+    np.radians(36)
+)  # of a regular five-pointed star
+ARM = np.degrees(
+    np.arctan(1 / 3)
+)  # half the angle under which the end of an arm is seen
+OUTLINES = {  # around their centres of mass, with circumradius 1
+    "circle": _outline([1] * 90, range(0, 360, 4)),
+    "square": _outline([1] * 4, range(45, 360, 90)),
+    "triangle": _outline([1] * 3, range(UP, UP + 360, 120)),
+    "star": _outline([1, INNER] * 5, range(UP, UP + 360, 36)),
+    "cross": _outline(
+        [1, np.sqrt(0.2), 1] * 4,
+        [arm + corner for arm in range(0, 360, 90) for corner in (-ARM, 45, ARM)],
+    ),
+}
+GRID = np.linspace(-1.2, 1.2, 97) + 1j * np.linspace(-1.2, 1.2, 97)[:, None]
+BLURS = (0, 0.05, 0.1, 0.15, 0.2)  # standard deviations, where a shape's area is 1
+IDEALS = {shape: _ideals(corners) for shape, corners in OUTLINES.items()}
+
+
+class Verdict(NamedTuple):
+    """What became of one caption."""
+
+    kind: str
+    caption: str
+    picture: np.ndarray
+    right: dict[str, bool]
+
+
+def make_caption(kind: str, rng: np.random.Generator) -> str:
+    """Draws a caption of a kind: single, pair, or unseen (a single held-out thing)."""
+    if kind == "unseen":
+        named = [UNSEEN[rng.integers(len(UNSEEN))]]
+    else:
+        seen = [
+            pair for pair in itertools.product(COLOURS, SHAPES) if pair not in UNSEEN
+        ]
+        named = [seen[rng.integers(len(seen))] for _ in range(1 + (kind == "pair"))]
+    things = [f"a {rng.choice(SIZES)} {colour} {shape}" for colour, shape in named]
+    caption = f" {rng.choice(list(RELATIONS))} ".join(things)
+    if rng.random() < 0.5:
+        caption += f" on a {rng.choice(list(BACKGROUNDS))} background"
+    return caption
+
+
+def evaluate(
+    sample: Callable[[list[str], int], UInt8[np.ndarray, "n side side 3"]],
+    num: int,
+    seed: int,
+) -> list[Verdict]:
+    """Judges `num` pictures of each kind, made by `sample` from prompts and a seed."""
+    rng = np.random.default_rng(seed)
+    captions = [(kind, make_caption(kind, rng)) for kind in KINDS for _ in range(num)]
+    verdicts = []
+    for start in track(range(0, len(captions), CHUNK), "sampling", transient=True):
+        kinds, prompts = zip(*captions[start : start + CHUNK], strict=True)
+        pictures = sample(list(prompts), seed + start)
+        for kind, prompt, picture in zip(kinds, prompts, pictures, strict=True):
+            verdicts.append(Verdict(kind, prompt, picture, judge(picture, prompt)))
+    return verdicts
+
+
+class Rate(NamedTuple):
+    """How often an attribute is right, and the 95% Wilson score interval (1927)."""
+
+    right: int
+    of: int
+    rate: float
+    low: float
+    high: float
+
+
+def rate(right: Sequence[bool]) -> Rate:
+    z, n, p = 1.959964, len(right), sum(right) / len(right)
+    centre = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    scale = 1 + z**2 / n
+    low, high = max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+    return Rate(sum(right), n, p, low, high)
+
+
+def accuracy(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Rate]]:
+    """For each kind and attribute that its captions name, how often it is right."""
+    table = {}
+    for kind in KINDS:
+        judged = [verdict.right for verdict in verdicts if verdict.kind == kind]
+        columns = {a: [right[a] for right in judged if a in right] for a in ATTRIBUTES}
+        table[kind] = {name: rate(column) for name, column in columns.items() if column}
+    return table
+
+
+def format_table(table: dict[str, dict[str, Rate]]) -> str:
+    """The accuracies as text: a row for each attribute, a column for each kind."""
+    lines = ["".join(f"{head:>26}" for head in ("", *KINDS))[14:]]
+    for attribute in ATTRIBUTES:
+        cells = [table[kind].get(attribute) for kind in KINDS]
+        texts = [
+            f"{c.rate:.1%} ({c.low:.1%} to {c.high:.1%})" if c else "" for c in cells
+        ]
+        lines.append(f"{attribute:12}" + "".join(f"{text:>26}" for text in texts))
+    return "\n".join(lines)
+
+
+def draw_gallery(verdicts: Sequence[Verdict], columns: int = 8) -> Image.Image:
+    """For each kind, a row of right pictures and one of wrong ones, with captions."""
+    side, width, height = 128, 136, 188  # pixels of a picture and of its cell
+    rows = [
+        [v for v in verdicts if v.kind == kind and v.right["all"] == right][:columns]
+        for kind in KINDS
+        for right in (True, False)
+    ]
+    rows = [row for row in rows if row]
+    gallery = Image.new("RGB", (columns * width, len(rows) * height), "white")
+    draw, font = ImageDraw.Draw(gallery), ImageFont.load_default(10)
+    for y, row in enumerate(rows):
+        for x, verdict in enumerate(row):
+            left, top = x * width, y * height
+            picture = Image.fromarray(verdict.picture).resize((side, side))
+            gallery.paste(ImageOps.expand(picture, 1, "gray"), (left + 3, top + 3))
+            wrong = [name for name, right in verdict.right.items() if not right]
+            caption = textwrap.fill(verdict.caption, 26)
+            wrong = textwrap.fill(", ".join(wrong[:-1]), 26)  # less "all"
+            draw.text((left + 4, top + side + 6), caption, "black", font)
+            draw.text((left + 4, top + height - 2), wrong, "red", font, anchor="ld")
+    return gallery
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m dalle2_jax.evaluate.shapes", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--model", help="a model's folder (the bundled model)")
+    parser.add_argument(
+        "--num", type=int, default=200, help="captions of each kind (200)"
+    )
+    parser.add_argument("--seed", type=int, default=12345, help="of captions and noise")
+    parser.add_argument("--out", type=Path, default=Path("report.json"))
+    args = parser.parse_args(argv)
+    from dalle2_jax.pipeline import generate, models  # judging needs no JAX
+
+    try:
+        if args.num < 1:
+            raise UserError(
+                f"--num={args.num}: ask for at least 1 caption of each kind"
+            )
+        model = models.load(*filter(None, [args.model]))
+        verdicts = evaluate(
+            lambda prompts, seed: generate.text_to_image(model, prompts, seed=seed),
+            args.num,
+            args.seed,
+        )
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+
+    table = accuracy(verdicts)
+    print(format_table(table))
+    report = {
+        "model": model.path,
+        "num": args.num,
+        "seed": args.seed,
+        "accuracy": {
+            kind: {name: cell._asdict() for name, cell in column.items()}
+            for kind, column in table.items()
+        },
+        "captions": [
+            {"kind": v.kind, "caption": v.caption, "right": v.right} for v in verdicts
+        ],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    draw_gallery(verdicts).save(args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,14 +5,24 @@ Supervision" (arXiv 2103.00020). Module and parameter layout hold OpenAI's weigh
 """
 
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dalle2_jax.nn.layers import LayerNorm, Transformer, causal_mask
+from dalle2_jax.nn.layers import LayerNorm, Transformer, causal_mask, text_mask
 
 _embedding = nn.initializers.normal(0.02)
+
+
+class Caption(NamedTuple):
+    """A caption as the later networks see it; a leading batch axis throughout."""
+
+    tokens: Int[Array, "b l"]
+    z_text: Float[Array, "b d"]
+    states: Float[Array, "b l w"]  # CLIP's text states
+    mask: Bool[Array, "b l"]  # True on the caption, False on the padding
 
 
 class VisionTower(nn.Module):
@@ -178,6 +188,16 @@ class CLIP(nn.Module):
     ) -> tuple[Float[Array, "b d"], Float[Array, "b t w"]]:
         """Token ids -> (z_text, the final states of every position)."""
         return self.text(tokens)
+
+    def encode_caption(self, tokens: Int[Array, "b t"]) -> Caption:
+        """Token ids -> all that the prior and the decoder may read of a caption."""
+        z_text, states = self.encode_text(tokens)
+        return Caption(tokens, z_text, states, text_mask(tokens, self.eot))
+
+    def example(self) -> tuple[Array, ...]:
+        """Arguments of a call, for init and its shapes."""
+        image = jnp.zeros((1, self.image_size, self.image_size, 3))
+        return image, jnp.zeros((1, self.context_length), jnp.int32)
 
     def __call__(
         self, image: Float[Array, "b s s 3"], tokens: Int[Array, "n t"]

@@ -13,17 +13,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from dalle2_jax.nn.clip import Caption
 from dalle2_jax.nn.layers import LayerNorm, Transformer, text_mask
 from dalle2_jax.nn.unet import UNet
-
-
-class Caption(NamedTuple):
-    """A caption as the decoder may see it; a leading batch axis throughout."""
-
-    tokens: Int[Array, "b l"]
-    z_text: Float[Array, "b d"]
-    states: Float[Array, "b l w"]  # CLIP's text states
-    mask: Bool[Array, "b l"]  # True on the caption, False on the padding
 
 
 class Context(NamedTuple):
@@ -88,6 +80,7 @@ class Decoder(nn.Module):
     Attributes:
       unet: arguments of UNet.
       clip_dim: dimension d of the CLIP embeddings.
+      context_length, text_width: number and width of CLIP's text states.
       context_width: width of the context tokens.
       image_tokens: tokens that z_image becomes (4 in the paper).
       text_encoder: arguments of TextEncoder, or None to read CLIP's text states.
@@ -95,6 +88,8 @@ class Decoder(nn.Module):
 
     unet: Mapping[str, Any]
     clip_dim: int
+    context_length: int
+    text_width: int
     context_width: int
     image_tokens: int = 4
     text_encoder: Mapping[str, Any] | None = None
@@ -116,6 +111,15 @@ class Decoder(nn.Module):
         self.ln_tokens = LayerNorm()
         if self.text_encoder is not None:
             self.text = TextEncoder(**self.text_encoder, dtype=self.dtype)
+
+    def example(self) -> tuple[Any, ...]:
+        """Arguments of a call, for init and its shapes."""
+        x_t, t = UNet(**self.unet).example()
+        z = jnp.zeros((1, self.clip_dim))
+        states = jnp.zeros((1, self.context_length, self.text_width))
+        mask = jnp.ones(states.shape[:2], bool)
+        caption = Caption(mask.astype(jnp.int32), z, states, mask)
+        return x_t, t, z, jnp.ones(1, bool), caption
 
     def context(
         self,

@@ -23,18 +23,25 @@ class DiffusionPrior(nn.Module):
 
     Attributes:
       clip_dim: dimension d of CLIP's embeddings.
-      context_length: number of text states.
+      context_length, text_width: number and width of CLIP's text states.
       width, layers, heads: the transformer.
     """
 
     clip_dim: int
     context_length: int
+    text_width: int
     width: int
     layers: int
     heads: int
     activation: str = "gelu"
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+
+    def example(self) -> tuple[Array, ...]:
+        """Arguments of a call, for init and its shapes."""
+        z = jnp.zeros((1, self.clip_dim))
+        states = jnp.zeros((1, self.context_length, self.text_width))
+        return z, jnp.zeros(1), z, states, jnp.ones(states.shape[:2], bool)
 
     @nn.compact
     def __call__(

@@ -112,6 +112,7 @@ class UNet(nn.Module):
       channels, multipliers: channels of level l are channels · multipliers[l]; level
         l works at 1/2^l of the input's side.
       blocks: residual blocks a level.
+      in_channels: 3, or 6 with a low-resolution picture beside the noised one.
       out_channels: 3, or 6 with a learned variance.
       attention_levels: levels that attend; the middle does if any level does.
       head_channels: channels of one attention head.
@@ -124,6 +125,7 @@ class UNet(nn.Module):
     channels: int
     multipliers: tuple[int, ...]
     blocks: int
+    in_channels: int
     out_channels: int
     attention_levels: tuple[int, ...] = ()
     head_channels: int = 64
@@ -132,6 +134,11 @@ class UNet(nn.Module):
     groups: int = 32
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+
+    def example(self) -> tuple[Array, ...]:
+        """Arguments of a call, for init and its shapes."""
+        side = 2 ** (len(self.multipliers) - 1)
+        return jnp.zeros((1, side, side, self.in_channels)), jnp.zeros(1)
 
     @nn.compact
     def __call__(

@@ -67,9 +67,7 @@ def make(config: ConfigDict) -> Stage:
     model = CLIP(**net, dtype=dtype_of(config))
 
     def init(key: Array) -> Any:
-        pictures = jnp.zeros((1, model.image_size, model.image_size, 3))
-        tokens = jnp.zeros((1, model.context_length), jnp.int32)
-        return model.init(key, pictures, tokens)["params"]
+        return model.init(key, *model.example())["params"]
 
     def compare(params: Any, batch: Batch) -> tuple[Array, Array]:
         pictures = image.clip_normalize(image.to_float(batch["clip_image"]))

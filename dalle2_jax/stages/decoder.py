@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dalle2_jax.data import image, tokenizer
 from dalle2_jax.diffusion import generate, sample, schedule
-from dalle2_jax.nn.decoder import Caption, Decoder
+from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.stages.stage import (
     Batch,
     Stage,
@@ -28,7 +28,12 @@ from dalle2_jax.stages.stage import (
 
 def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
     """Decoder's arguments: ``config.net`` with the numbers of CLIP's net."""
-    net = {**config.net.to_dict(), "clip_dim": clip["embed_dim"]}
+    net = {
+        **config.net.to_dict(),
+        "clip_dim": clip["embed_dim"],
+        "context_length": clip["context_length"],
+        "text_width": clip["text_width"],
+    }
     if net["text_encoder"] is not None:
         words = {k: clip[k] for k in ("vocab_size", "context_length", "eot")}
         net["text_encoder"] = {**net["text_encoder"], **words}
@@ -54,16 +59,7 @@ def make(config: ConfigDict) -> Stage:
         return encode_image(clip, frozen["clip"], pictures)
 
     def init(key: Array) -> Any:
-        caption = Caption(
-            tokens=jnp.zeros((1, clip.context_length), jnp.int32),
-            z_text=jnp.zeros((1, clip.embed_dim)),
-            states=jnp.zeros((1, clip.context_length, clip.text_width)),
-            mask=jnp.ones((1, clip.context_length), bool),
-        )
-        z_image = jnp.zeros((1, clip.embed_dim))
-        has_image = jnp.ones(1, bool)
-        x_t = jnp.zeros((1, size, size, 3))
-        return model.init(key, x_t, jnp.zeros(1), z_image, has_image, caption)["params"]
+        return model.init(key, *model.example())["params"]
 
     def losses(
         params: Any,

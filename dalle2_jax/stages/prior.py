@@ -33,6 +33,7 @@ def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
         **config.net,
         "clip_dim": clip["embed_dim"],
         "context_length": clip["context_length"],
+        "text_width": clip["text_width"],
     }
 
 
@@ -63,10 +64,7 @@ def make(config: ConfigDict) -> Stage:
         return model.apply({"params": params}, x_t, t, *conditions)
 
     def init(key: Array) -> Any:
-        tokens = jnp.zeros((1, clip.context_length), jnp.int32)
-        z = jnp.zeros((1, clip.embed_dim))
-        states = jnp.zeros((1, clip.context_length, clip.text_width))
-        return model.init(key, z, jnp.zeros(1), z, states, tokens == 0)["params"]
+        return model.init(key, *model.example())["params"]
 
     def clean(frozen: Any, batch: Batch) -> Float[Array, "b d"]:
         pictures = image.to_float(batch["clip_image"])

@@ -17,9 +17,7 @@ from dalle2_jax import checkpoint
 from dalle2_jax.data import batches, image, sources, tokenizer
 from dalle2_jax.diffusion import process, schedule
 from dalle2_jax.errors import UserError
-from dalle2_jax.nn.clip import CLIP
-from dalle2_jax.nn.decoder import Caption
-from dalle2_jax.nn.layers import text_mask
+from dalle2_jax.nn.clip import CLIP, Caption
 
 Batch = Mapping[str, Array]
 Scalars = dict[str, Array]
@@ -151,8 +149,7 @@ def encode_image(
 
 def encode_caption(clip: CLIP, params: Any, tokens: Int[Array, "b l"]) -> Caption:
     """What CLIP's text tower says of a caption."""
-    z_text, states = clip.apply({"params": params}, tokens, method="encode_text")
-    return Caption(tokens, z_text, states, text_mask(tokens, clip.eot))
+    return clip.apply({"params": params}, tokens, method="encode_caption")
 
 
 def drop_caption(

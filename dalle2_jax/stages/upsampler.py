@@ -46,8 +46,7 @@ def make(config: ConfigDict) -> Stage:
         return image.resize(image.gaussian_blur(low, **blur), side)
 
     def init(key: Array) -> Any:
-        side = 2 ** (len(net["multipliers"]) - 1)
-        return model.init(key, jnp.zeros((1, side, side, 6)), jnp.zeros(1))["params"]
+        return model.init(key, *model.example())["params"]
 
     def losses(params: Any, batch: Batch, key: Array, train: bool) -> Array:
         x0 = image.to_float(batch["image"])

@@ -47,12 +47,16 @@ class Log:
         self._last = None
         if not self.active:
             return
+        self._writer = _tensorboard(workdir, start) if tensorboard else None
+        path = workdir / "metrics.jsonl"
+        _drop_after(path, start)
+        self._file = path.open("a")
         self._console = Console(highlight=False, markup=False, soft_wrap=True)
-        self._progress = self._writer = None
+        self._progress = None
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
                 TimeRemainingColumn(),
@@ -63,11 +67,6 @@ class Log:
                 name, total=steps, completed=start, status="compiling"
             )
             self._progress.start()
-        path = workdir / "metrics.jsonl"
-        _drop_after(path, start)
-        self._file = path.open("a")
-        if tensorboard:
-            self._writer = _tensorboard(workdir / "tensorboard", start)
 
     def __enter__(self) -> "Log":
         return self
@@ -112,7 +111,7 @@ class Log:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
         if self._progress and "loss" in values:
-            self._progress.update(self._task, status=_line(values))
+            self._progress.update(self._task, status=_status(values))
         else:
             left = _time_left(self.steps - step, values.get("steps_per_s"))
             self.say(f"step {step}/{self.steps}  {_line(values)}{left}")
@@ -150,18 +149,26 @@ def _drop_after(path: Path, step: int) -> None:
     os.replace(new, path)
 
 
-def _tensorboard(directory: Path, start: int):
+def _tensorboard(workdir: Path, start: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise UserError(
             "tensorboard=True needs tensorboardX: pip install 'dalle2_jax[tensorboard]'"
         ) from error
-    return SummaryWriter(str(directory), purge_step=start + 1)
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
 
 def _line(values: Mapping[str, float | int]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _status(values: Mapping[str, float | int]) -> str:
+    units = {"steps_per_s": "steps/s", "images_per_s": "images/s"}
+    rates = [
+        f"{values[name]:.3g} {unit}" for name, unit in units.items() if name in values
+    ]
+    return "  ".join([f"loss {values['loss']:.4g}", *rates])
 
 
 def _time_left(steps: int, steps_per_s: float | None) -> str:

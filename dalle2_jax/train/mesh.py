@@ -72,9 +72,9 @@ def put(tree: Any, mesh: Mesh) -> Any:
     """Places arrays that every process has in full by the rule of `shardings`."""
 
     def place(x, sharding):
-        x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
+    tree = jax.tree.map(np.asarray, tree)
     return jax.tree.map(place, tree, shardings(tree, mesh))
 
 

@@ -1,0 +1,27 @@
+"""DALL-E 2 (unCLIP, arXiv 2204.06125) in JAX.
+
+model = dalle2_jax.load()
+pictures = dalle2_jax.text_to_image(model, "a large red circle", num=4)
+"""
+
+import importlib
+
+_WHERE = {
+    "UserError": "dalle2_jax.errors",
+    "load": "dalle2_jax.pipeline.models",
+    "text_to_image": "dalle2_jax.pipeline.generate",
+}
+
+__all__ = sorted(_WHERE)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    """Imports what is asked for only then, so that ``import dalle2_jax`` is quick."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dalle2_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""What is sampled: a loaded model, and pictures made with it."""

@@ -1,0 +1,269 @@
+"""Exported models and a run's checkpoints: what goes in comes out, or a clear error."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dalle2_jax import checkpoint
+from dalle2_jax.errors import UserError
+
+
+class Tokenizer:
+    def save(self, folder):
+        folder.mkdir()
+        (folder / "vocab.json").write_text("{}")
+
+
+class FullDisk:
+    def save(self, folder):
+        raise OSError(28, "No space left on device")
+
+
+PARAMS = {
+    "clip": {
+        "text": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3).T},
+        "scale": np.float32(2.5),
+    },
+    "prior": {"query": jnp.array([1.1, -2.2], jnp.bfloat16)},
+}
+CONFIG = {"parts": {"clip": {"net": {"width": 3}}, "prior": {}}}
+STATISTICS = {"z_image": {"mean": np.zeros(4, np.float32)}}
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "model"
+    checkpoint.export(
+        path,
+        params=PARAMS,
+        config=CONFIG,
+        tokenizer=Tokenizer(),
+        statistics=STATISTICS,
+    )
+    return path
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+# Models
+
+
+def test_an_export_comes_back_as_it_was(model):
+    loaded = checkpoint.load(model)
+    assert loaded.config == {**CONFIG, "format": 1}
+    assert_equal(loaded.params, jax.device_get(PARAMS))
+    assert loaded.params["prior"]["query"].dtype == ml_dtypes.bfloat16
+    assert loaded.params["clip"]["scale"].shape == ()
+    assert_equal(loaded.statistics, STATISTICS)
+    assert (loaded.tokenizer_dir / "vocab.json").exists()
+    names = {path.name for path in model.iterdir()}
+    assert names == {
+        "config.json",
+        "clip.safetensors",
+        "prior.safetensors",
+        "statistics.safetensors",
+        "tokenizer",
+    }
+
+
+def test_a_model_without_tokenizer_and_statistics(tmp_path):
+    config = {"parts": {"clip": {}}}
+    checkpoint.export(tmp_path / "a" / "b", params={"clip": {}}, config=config)
+    loaded = checkpoint.load(str(tmp_path / "a" / "b"))
+    assert loaded.tokenizer_dir is None
+    assert loaded.statistics == {} and loaded.params == {"clip": {}}
+
+
+def test_copy(model, tmp_path):
+    for _ in range(2):
+        checkpoint.copy(model, tmp_path / "copy" / "model")
+        loaded = checkpoint.load(tmp_path / "copy" / "model")
+        assert_equal(loaded.params, checkpoint.load(model).params)
+        assert (loaded.tokenizer_dir / "vocab.json").exists()
+    with pytest.raises(UserError, match="cannot write the model .*nowhere"):
+        checkpoint.copy(tmp_path / "nowhere", tmp_path / "other")
+
+
+def test_an_export_replaces_a_model_as_a_whole(model):
+    config = {"parts": {"clip": {}}}
+    checkpoint.export(model, params={"clip": PARAMS["clip"]}, config=config)
+    assert {path.name for path in model.iterdir()} == {
+        "config.json",
+        "clip.safetensors",
+    }
+    assert [path.name for path in model.parent.iterdir()] == ["model"]
+
+
+def test_an_export_that_fails_leaves_the_model_that_was_there(model):
+    with pytest.raises(UserError, match="cannot write the model .*No space left"):
+        checkpoint.export(model, params={}, config={"parts": {}}, tokenizer=FullDisk())
+    assert_equal(checkpoint.load(model).params, jax.device_get(PARAMS))
+    assert [path.name for path in model.parent.iterdir()] == ["model"]
+
+
+def test_an_export_replaces_nothing_but_a_model(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    for path in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(UserError, match="exists and is not a model"):
+            checkpoint.export(path, params={}, config={"parts": {}})
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    "name, size, message",
+    [
+        ("config.json", None, "is not a model: it has no config.json"),
+        ("config.json", 20, "config.json is not the config of a model"),
+        ("prior.safetensors", None, "prior.safetensors is missing: copy or export"),
+        ("clip.safetensors", 0, "clip.safetensors is truncated or damaged"),
+        ("clip.safetensors", 99, "clip.safetensors is truncated or damaged"),
+        ("clip.safetensors", -1, "clip.safetensors is truncated or damaged"),
+        (
+            "statistics.safetensors",
+            -1,
+            "statistics.safetensors is truncated .*: copy or",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_read(model, name, size, message):
+    if size is None:
+        (model / name).unlink()
+    else:
+        truncate(model / name, size)
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.load(model)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", '{"format": 1, "parts": 3}'])
+def test_a_config_of_something_else(model, text):
+    (model / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json is not the config of a model"):
+        checkpoint.load(model)
+
+
+def test_a_model_of_a_later_format(model):
+    (model / "config.json").write_text(json.dumps({"format": 2, "parts": {}}))
+    with pytest.raises(UserError, match="format 2, .* reads format 1: update"):
+        checkpoint.load(model)
+
+
+def test_a_path_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="nowhere is not a model"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def test_check_lists_every_name_that_does_not_fit():
+    shape = jax.ShapeDtypeStruct
+    want = {
+        "a": {"kernel": shape((2, 3), jnp.float32), "bias": shape((3,), jnp.float32)}
+    }
+    have = {"a": {"kernel": np.zeros((2, 4))}, "b": np.zeros(1)}
+    message = (
+        "clip.safetensors does not fit this config: missing: a/bias; unexpected: b; "
+        "wrong shape: a/kernel (2, 4) instead of (2, 3)"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        checkpoint.check(have, want, "clip.safetensors")
+    checkpoint.check(want, want, "the same")
+
+
+def test_check_lists_no_more_than_can_be_read():
+    with pytest.raises(UserError, match="missing: 0, 1, 2, 3, 4, 5, 6, 7 and 92 more$"):
+        checkpoint.check([], [np.zeros(1)] * 100, "model")
+
+
+# Runs
+
+STATE = {"step": jnp.int32(7), "params": {"kernel": jnp.arange(4.0)}}
+
+
+def test_a_run_restores_the_latest_and_keeps_the_last(tmp_path):
+    with checkpoint.Run(tmp_path / "run", keep=2) as run:
+        assert run.latest_step() is None
+        for step in (1, 2, 7):
+            run.save(step, {**STATE, "step": jnp.int32(step)}, {"lr": step})
+    with checkpoint.Run(tmp_path / "run", keep=2) as run:
+        assert run.latest_step() == 7
+        assert run.config() == {"lr": 7}
+        assert_equal(run.restore(jax.eval_shape(lambda: STATE)), STATE)
+        run.save(7, STATE, {})  # is there already
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["2", "7"]
+
+
+def test_what_is_being_saved_may_be_donated(tmp_path):
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros(2**20)
+    with checkpoint.Run(tmp_path, keep=10) as run:
+        for step in range(6):
+            run.save(step, {"x": x}, {})
+            for _ in range(5):
+                x = add(x)
+        run.wait()
+        abstract = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+        for step in (5, 4, 3, 2, 1, 0):
+            found = run.restore(abstract)["x"]
+            np.testing.assert_array_equal(found, np.full(2**20, 5 * step))
+            run._manager.delete(step)
+
+
+def test_a_checkpoint_of_another_shape(tmp_path):
+    with checkpoint.Run(tmp_path) as run:
+        run.save(3, STATE, {})
+        other = {**STATE, "params": {"kernel": jnp.zeros(5), "bias": jnp.zeros(1)}}
+        changed = checkpoint.changes({"net": {"width": 4}}, {"net": {"width": 5}})
+        message = (
+            r"/3 does not fit this config: missing: params/bias; "
+            r"wrong shape: params/kernel \(4,\) instead of \(5,\); "
+            r"since it was saved, net.width 4 -> 5 changed in the config: change it back"
+        )
+        run.wait()
+        with pytest.raises(UserError, match=message):
+            run.restore(jax.eval_shape(lambda: other), changed)
+
+
+def test_a_damaged_checkpoint(tmp_path):
+    with checkpoint.Run(tmp_path) as run:
+        run.save(3, STATE, {})
+        run.wait()
+        for path in (tmp_path / "3" / "state").rglob("d/*"):
+            truncate(path, -5)
+        with pytest.raises(UserError, match="cannot read .*/3, remove it") as error:
+            run.restore(jax.eval_shape(lambda: STATE))
+        assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
+    def fail(step, args):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nin line 3")
+
+    with checkpoint.Run(tmp_path) as run:
+        monkeypatch.setattr(run._manager, "save", fail)
+        with pytest.raises(UserError, match="save a checkpoint to .*left on device$"):
+            run.save(3, STATE, {})
+
+
+def test_at_least_one_checkpoint_is_kept(tmp_path):
+    with pytest.raises(UserError, match="keep is 0"):
+        checkpoint.Run(tmp_path, keep=0)
+
+
+def test_changes():
+    old = {"steps": 10, "optim": {"b1": 0.9}, "old": 1}
+    new = {"steps": 20, "optim": {"b1": 0.9, "b2": 0.99}}
+    assert checkpoint.changes(old, new) == [
+        "old 1 -> unset",
+        "optim.b2 unset -> 0.99",
+        "steps 10 -> 20",
+    ]

@@ -1,0 +1,114 @@
+"""What a run prints and writes."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.train.log import Log
+
+
+def make(workdir, start=0, **options):
+    return Log(workdir, name="clip", start=start, steps=100, batch_size=32, **options)
+
+
+def read(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_line_for_each_call_where_there_is_no_terminal(tmp_path, capsys):
+    with make(tmp_path) as log:
+        log.say("clip: [3] parameters")
+        log.advance(1)
+        log.scalars(50, {"loss": 0.123456, "steps_per_s": 10.0, "skipped": 3})
+        log.scalars(50, {"heldout/accuracy": 0.5})
+    assert capsys.readouterr().out.splitlines() == [
+        "clip: [3] parameters",
+        "step 50/100  loss 0.1235  steps_per_s 10  skipped 3  left 0:00:05",
+        "step 50/100  heldout/accuracy 0.5",
+    ]
+    assert read(tmp_path) == [
+        {"step": 50, "loss": 0.123456, "steps_per_s": 10.0, "skipped": 3},
+        {"step": 50, "heldout/accuracy": 0.5},
+    ]
+
+
+def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    with make(tmp_path, start=30) as log:
+        log.say("a line above")
+        log.advance(50)
+        log.scalars(50, {"loss": 0.25, "steps_per_s": 10.0})
+        log.scalars(50, {"heldout/accuracy": 0.5})
+    out = capsys.readouterr().out
+    for part in ("a line above", "50/100", "loss 0.25  10 steps/s", "accuracy 0.5"):
+        assert part in out
+
+
+def test_rates_do_not_count_the_first_step(tmp_path, monkeypatch):
+    now = iter([1000.0, 1002.0, 1004.0, 1004.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    with make(tmp_path, start=10) as log:
+        log.advance(11)
+        log.advance(12)
+        assert log.rates(21) == {"steps_per_s": 5, "images_per_s": 160}
+        assert log.rates(25) == {"steps_per_s": 2, "images_per_s": 64}
+        assert log.rates(25) == {}
+
+
+def test_a_resumed_log_drops_what_is_done_again(tmp_path):
+    with make(tmp_path) as log:
+        for step in (10, 20, 30):
+            log.scalars(step, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # torn by a kill
+    with make(tmp_path, start=20) as log:
+        log.scalars(30, {"loss": 2.0})
+    assert [(line["step"], line["loss"]) for line in read(tmp_path)] == [
+        (10, 1.0),
+        (20, 1.0),
+        (30, 2.0),
+    ]
+
+
+def test_previews_are_pictures_and_scalars(tmp_path):
+    images = np.full((4, 8, 8, 3), 7, np.uint8)
+    with make(tmp_path) as log:
+        log.previews(50, {"samples": images, "distance": np.float32(0.5)})
+    with Image.open(tmp_path / "previews" / "samples_0000050.png") as grid:
+        assert grid.size == (18, 18) and grid.getpixel((0, 0)) == (7, 7, 7)
+    assert read(tmp_path) == [{"step": 50, "preview/distance": 0.5}]
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with make(tmp_path, tensorboard=True) as log:
+        log.scalars(50, {"loss": 1.0})
+        log.previews(50, {"samples": np.zeros((1, 8, 8, 3), np.uint8)})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    written = events.read_bytes()
+    assert b"loss" in written and b"samples" in written and b"PNG" in written
+
+
+def test_tensorboard_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match="pip install"):
+        make(tmp_path, tensorboard=True)
+
+
+def test_other_processes_say_and_write_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with make(tmp_path, tensorboard=True) as log:
+        log.say("hello")
+        log.advance(1)
+        log.scalars(1, {"loss": 1.0} | log.rates(2))
+        log.previews(1, {"samples": np.zeros((1, 8, 8, 3), np.uint8)})
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []

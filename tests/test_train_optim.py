@@ -1,0 +1,80 @@
+"""The learning rate, and what the optimiser does to each param."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.errors import UserError
+from dalle2_jax.train import optim
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("linear", [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
+        (
+            "cosine",
+            [0.25, 0.5, 0.75, 1, 1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2],
+        ),
+    ],
+)
+def test_rate(schedule, expected):
+    rate = optim.rate(8, learning_rate=3.0, schedule=schedule, warmup=4)
+    found = [rate(step) for step in range(8)]
+    np.testing.assert_allclose(found, 3 * np.array(expected), rtol=1e-6)
+
+
+def test_rate_without_warmup_and_after_the_end():
+    rate = optim.rate(8, learning_rate=3.0, schedule="cosine", warmup=0)
+    assert rate(0) == 3 and rate(8) == 0 and rate(100) == 0
+
+
+def first_updates(params, grads, **options):
+    transform = optim.make(100, learning_rate=0.1, **options)
+    return transform.update(grads, transform.init(params), params)[0]
+
+
+def test_only_arrays_of_two_axes_decay():
+    params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates = first_updates(params, zeros, weight_decay=0.5)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 3.0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_the_gradient_is_clipped_by_its_norm():
+    grads = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}
+    # With a large eps Adam's step is proportional to the gradient, g / eps.
+    updates = first_updates(grads, grads, clip_norm=5.0, eps=1e6)
+    np.testing.assert_allclose(updates["a"], -0.1 * 3e-6, rtol=1e-4)
+    np.testing.assert_allclose(updates["b"], -0.1 * 4e-6, rtol=1e-4)
+    updates = first_updates(grads, grads, clip_norm=0.0, eps=1e6)
+    np.testing.assert_allclose(updates["a"], -0.1 * 30e-6, rtol=1e-4)
+
+
+def test_adam_is_given_its_constants():
+    params = jnp.zeros(3)
+    transform = optim.make(100, learning_rate=0.1, b1=0.8, b2=0.9, eps=1e-3)
+    state = transform.init(params)
+    first, second = jnp.array([1.0, -2, 0.5]), jnp.array([0.5, 1, -0.5])
+    _, state = transform.update(first, state, params)
+    updates, _ = transform.update(second, state, params)
+    mu = (0.8 * 0.2 * first + 0.2 * second) / (1 - 0.8**2)
+    nu = (0.9 * 0.1 * first**2 + 0.1 * second**2) / (1 - 0.9**2)
+    np.testing.assert_allclose(updates, -0.1 * mu / (jnp.sqrt(nu) + 1e-3), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"schedule": "cosin"}, "'cosin': it must be one of constant, cosine, linear"),
+        ({"learning_rate": -1.0}, "optim.learning_rate is -1.0"),
+        ({"warmup": -1}, "optim.warmup is -1"),
+        ({"clip_norm": -1.0}, "optim.clip_norm is -1.0"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        optim.make(10, **{"learning_rate": 0.1, **options})
