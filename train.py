@@ -3,13 +3,13 @@
 python train.py --config=configs/STAGE.py:SIZE --workdir=DIR [--config.key=value]
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.flags import run
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/STAGE.py:SIZE; --config.key=value changes a key."
@@ -19,12 +19,11 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
-def run(config: ConfigDict, workdir: Path) -> bool:
+def train(config: ConfigDict, workdir: Path) -> bool:
     """Trains what the config describes; False if it was interrupted (and saved).
 
-    A config with ``stages`` trains each in WORKDIR/STAGE, in order and each upon the
-    model of the one before; the last one's model is the whole, and goes to
-    WORKDIR/model.
+    A config with ``stages`` trains each in WORKDIR/STAGE, upon the model of the one
+    before it; the last one's model is the whole, and is copied to WORKDIR/model.
     """
     # Imported late, so that a mistake in the flags is told at once.
     from dalle2_jax import checkpoint, stages
@@ -33,9 +32,8 @@ def run(config: ConfigDict, workdir: Path) -> bool:
     if "stages" in config:
         base = ""
         for name in config.stages:
-            part = config[name]
-            part.base = base
-            if not run(part, workdir / name):
+            config[name].base = base
+            if not train(config[name], workdir / name):
                 return False
             base = str(workdir / name / "model")
         checkpoint.copy(base, workdir / "model")
@@ -48,21 +46,19 @@ def run(config: ConfigDict, workdir: Path) -> bool:
         lambda step: stage.batches("heldout", step),
         workdir,
     )
-    return int(state.step) == config.steps
+    return int(state.step) >= config.steps
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"unknown arguments {argv[1:]}: options begin with --")
+def main() -> None:
     if CONFIG.value is None:
         raise UserError("no --config: give one, as --config=configs/clip.py:small")
     if not WORKDIR.value:
         raise UserError("no --workdir: give a directory for this run")
-    from dalle2_jax.train import setup
+    from dalle2_jax.train.cache import use_compilation_cache
 
-    setup.initialize()
-    run(CONFIG.value, Path(WORKDIR.value))
+    use_compilation_cache()
+    train(CONFIG.value, Path(WORKDIR.value))
 
 
 if __name__ == "__main__":
-    main(sys.argv)
+    run(main)

@@ -206,8 +206,8 @@ class Run:
             check(saved, abstract, self.directory / str(step))
         except UserError as error:
             raise UserError(
-                f"{error}; since it was saved, {_some(changed) or 'nothing'} changed in "
-                "the config: change it back, or train in another workdir"
+                f"{error}; since it was saved, {_some(changed) or 'nothing'} changed "
+                "in the config: change it back, or train in another workdir"
             ) from None
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         with self._reading() as step:

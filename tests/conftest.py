@@ -8,6 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 DEVICES = "--xla_force_host_platform_device_count=8"
@@ -32,3 +33,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 # Every annotated function of the package checks the shapes it is given and returns.
 install_import_hook("dalle2_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """The exported model of each stage after a few steps of `quickstart.py:tiny`."""
+    from configs import quickstart
+    from train import train
+
+    workdir = tmp_path_factory.mktemp("quickstart")
+    config = quickstart.get_config("tiny")
+    assert train(config, workdir)
+    return {name: workdir / name / "model" for name in config.stages}

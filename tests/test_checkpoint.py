@@ -226,7 +226,7 @@ def test_a_checkpoint_of_another_shape(tmp_path):
         message = (
             r"/3 does not fit this config: missing: params/bias; "
             r"wrong shape: params/kernel \(4,\) instead of \(5,\); "
-            r"since it was saved, net.width 4 -> 5 changed in the config: change it back"
+            r"since it was saved, net.width 4 -> 5 changed in the config: change it"
         )
         run.wait()
         with pytest.raises(UserError, match=message):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dalle2_jax.nn.layers import LayerNorm, Transformer, causal_mask, text_mask
@@ -36,7 +37,7 @@ class VisionTower(nn.Module):
     heads: int
     activation: str = "gelu"
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, image: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
@@ -83,7 +84,7 @@ class TextTower(nn.Module):
     eot: int
     activation: str = "gelu"
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -149,7 +150,7 @@ class CLIP(nn.Module):
     eot: int
     activation: str = "gelu"
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         shared = {

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from dalle2_jax.nn.clip import Caption
@@ -40,7 +41,7 @@ class TextEncoder(nn.Module):
     eot: int
     activation: str = "gelu"
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -93,7 +94,7 @@ class Decoder(nn.Module):
     context_width: int
     image_tokens: int = 4
     text_encoder: Mapping[str, Any] | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         def dense(features: int) -> nn.Dense:
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
 
     def example(self) -> tuple[Any, ...]:
         """Arguments of a call, for init and its shapes."""
-        x_t, t = UNet(**self.unet).example()
+        x_t, t = UNet(**self.unet, parent=None).example()
         z = jnp.zeros((1, self.clip_dim))
         states = jnp.zeros((1, self.context_length, self.text_width))
         mask = jnp.ones(states.shape[:2], bool)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -112,7 +113,7 @@ class Block(nn.Module):
 
     heads: int
     activation: str = "gelu"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -137,7 +138,7 @@ class Transformer(nn.Module):
     heads: int
     activation: str = "gelu"
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

@@ -5,6 +5,7 @@ Section 2.2 of arXiv 2204.06125, laid out as in Karlo.
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
 from dalle2_jax.nn.layers import (
@@ -35,7 +36,7 @@ class DiffusionPrior(nn.Module):
     heads: int
     activation: str = "gelu"
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def example(self) -> tuple[Array, ...]:
         """Arguments of a call, for init and its shapes."""

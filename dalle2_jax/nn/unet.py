@@ -7,6 +7,7 @@ which the context's keys and values stand beside the image's own.
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
 from dalle2_jax.nn.layers import (
@@ -34,7 +35,7 @@ class ResBlock(nn.Module):
     scale_shift: bool = True
     groups: int = 32
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -72,7 +73,7 @@ class AttentionBlock(nn.Module):
 
     head_channels: int = 64
     groups: int = 32
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -133,7 +134,7 @@ class UNet(nn.Module):
     dropout: float = 0.0
     groups: int = 32
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def example(self) -> tuple[Array, ...]:
         """Arguments of a call, for init and its shapes."""

@@ -46,7 +46,7 @@ def make(config: ConfigDict) -> Stage:
     dtype = dtype_of(config)
     clip = clip_module(base, dtype)
     text = tokenizer.load(base.tokenizer_dir)
-    empty = text.encode([""], clip.context_length)[0]
+    empty = jnp.asarray(text.encode([""], clip.context_length)[0])
     net = network(config, base.config["parts"]["clip"]["net"])
     model = Decoder(**net, dtype=dtype)
     diffusion = config.diffusion.to_dict()

@@ -56,7 +56,8 @@ def load_base(config: ConfigDict) -> checkpoint.Export:
             f"the {config.stage} stage needs a model with a trained CLIP: give one "
             "with --config.base=DIR (a workdir's model/ folder)"
         )
-    base = checkpoint.load(config.base)
+    bundled = config.base == "bundled"
+    base = checkpoint.load(checkpoint.BUNDLED if bundled else config.base)
     if "clip" not in base.params:
         raise UserError(
             f"the model at {config.base} has no CLIP, only "

@@ -206,10 +206,11 @@ def make_update(
         accumulate = len(jax.tree.leaves(batch)[0])
         keys = jax.random.split(jax.random.fold_in(key, step), accumulate)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        # A single micro-batch is unrolled: XLA's CPU backend is half as fast in a loop.
-        grads, metrics = jax.lax.scan(
-            add, zeros, (batch, keys), unroll=True if accumulate == 1 else 1
-        )
+        if accumulate == 1:  # XLA's CPU backend is several times slower in a loop
+            first = jax.tree.map(lambda x: x[0], (batch, keys))
+            grads, metrics = add(zeros, first)
+        else:
+            grads, metrics = jax.lax.scan(add, zeros, (batch, keys))
         grads = jax.tree.map(lambda x: x / accumulate, grads)
         metrics = jax.tree.map(jnp.mean, metrics)
         metrics["grad_norm"] = optax.tree.norm(grads)

@@ -1,0 +1,31 @@
+"""All stages in order, small and short, on `shapes`: from nothing to a model.
+
+    python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python sample.py --model=runs/quickstart/model --prompt="a large red circle"
+
+The rows `small` of the stages' configs, with fewer steps: at most 20 minutes on two
+CPU cores. `quickstart.py:tiny` is for tests.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import clip, decoder, prior, upsampler
+from configs.common import row
+
+STAGES = {"clip": clip, "prior": prior, "decoder": decoder, "upsampler": upsampler}
+STEPS = {
+    "tiny": dict(clip=8, prior=8, decoder=8, upsampler=8),
+    "small": dict(clip=300, prior=400, decoder=700, upsampler=150),
+}
+
+
+def get_config(size: str = "small") -> ConfigDict:
+    """The config of all stages; --config.decoder.steps=… changes one of them."""
+    steps = row(STEPS, size, "quickstart")
+    config = ConfigDict()
+    config.stages = tuple(STAGES)
+    for name, module in STAGES.items():
+        config[name] = module.get_config(size)
+        config[name].steps = steps[name]
+        config[name].optim.warmup = min(config[name].optim.warmup, steps[name] // 5)
+    return config

@@ -1,0 +1,57 @@
+"""Runs a script so that its user's mistakes end in one line and exit code 2."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from dalle2_jax.errors import UserError, first_line
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls ``main``.
+
+    A flag that can't be parsed (an unknown config file or key, a value of the wrong
+    type) and a UserError become "error: ..." on stderr.
+    """
+
+    def parse(argv: Sequence[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(list(argv))
+            if len(rest) > 1:
+                raise UserError(f"unknown argument {rest[1]!r}: options begin with --")
+            flags.FLAGS.flag_values_dict()  # config files are read when asked for
+            return rest
+        # ml_collections raises KeyError and AttributeError for keys that are not there.
+        except (flags.Error, UserError, OSError, KeyError, AttributeError) as error:
+            return _fail(_explain(error, argv))
+
+    def call(argv: Sequence[str]) -> None:
+        try:
+            main()
+        except UserError as error:
+            _fail(str(error))
+
+    logging.set_verbosity(logging.WARNING)  # orbax tells all that it does
+    app.run(call, flags_parser=parse)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> str:
+    """One line on what is wrong with a flag."""
+    text = str(error)
+    if isinstance(error, KeyError | AttributeError):
+        key = text.strip("\"'")
+        flag = next((a for a in argv if re.match(rf"--config\.(.*\.)?{key}\b", a)), key)
+        return f"{flag.split('=')[0]}: the config has no key {key!r}"
+    if "No such file or directory" in text and "config" in text:
+        path = next((a for a in argv if a.startswith("--config=")), "--config")
+        return f"{path}: there is no such config file"
+    # An error in a config file arrives as the text of its traceback.
+    found = re.search(r"^[\w.]*UserError: (.*)", text, re.MULTILINE)
+    return found[1] if found else first_line(error)

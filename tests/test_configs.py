@@ -1,0 +1,194 @@
+"""Every config at every size: what it builds, and that all of it is read."""
+
+import re
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from ml_collections import ConfigDict
+
+from dalle2_jax import stages
+from dalle2_jax.data.tokenizer import Tokenizer
+from dalle2_jax.diffusion import schedule
+from dalle2_jax.errors import UserError
+from dalle2_jax.nn.clip import CLIP
+from dalle2_jax.nn.decoder import Decoder
+from dalle2_jax.nn.prior import DiffusionPrior
+from dalle2_jax.nn.unet import UNet
+from tests.golden import peer
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = Mock(spec=Tokenizer, vocab_size=49_408, eot=49_407)  # OpenAI CLIP's
+
+# With the vocabulary of OpenAI's CLIP.
+PARAMETERS = {
+    ("clip", "tiny"): 1_641_601,
+    ("clip", "small"): 7_781_761,
+    ("clip", "paper"): 986_523_137,
+    ("prior", "tiny"): 32_736,
+    ("prior", "small"): 3_430_528,
+    ("prior", "paper"): 1_225_925_632,
+    ("decoder", "tiny"): 1_822_355,
+    ("decoder", "small"): 11_465_475,
+    ("decoder", "paper"): 3_567_897_094,
+    ("upsampler", "tiny"): 175_587,
+    ("upsampler", "small"): 1_197_571,
+    ("upsampler", "paper_256"): 691_579_523,
+    ("upsampler", "paper_1024"): 267_146_691,
+}
+STAGES = ["clip", "prior", "decoder", "upsampler"]
+
+
+def module(stage):
+    return import_module(f"configs.{stage}")
+
+
+def clip_net(size):
+    return stages.clip.network(module("clip").get_config(size), TOKENIZER)
+
+
+@cache
+def params(stage, size):
+    """The abstract params of what a config of that size trains."""
+    config = module(stage).get_config(size)
+    match config.stage:
+        case "clip":
+            model = CLIP(**clip_net(size))
+        case "prior":
+            model = DiffusionPrior(**stages.prior.network(config, clip_net(size)))
+        case "decoder":
+            model = Decoder(**stages.decoder.network(config, clip_net(size)))
+        case "upsampler":
+            model = UNet(**config.net)
+    return peer.abstract(model)
+
+
+def test_the_table_has_every_size():
+    assert list(PARAMETERS) == [(s, size) for s in STAGES for size in module(s).SIZES]
+
+
+@pytest.mark.parametrize("stage, size", PARAMETERS)
+def test_parameter_count(stage, size):
+    assert peer.size(params(stage, size)) == PARAMETERS[stage, size]
+
+
+@pytest.mark.parametrize(
+    "stage, size, published, tolerance",
+    [
+        # The published sizes have one or two digits. 24 blocks of width 2048 alone
+        # are 1.21B, which the paper calls 1B.
+        ("prior", "paper", 1e9, 0.25),
+        ("decoder", "paper", 3.5e9, 0.02),
+        ("upsampler", "paper_256", 700e6, 0.02),
+        ("upsampler", "paper_1024", 300e6, 0.12),  # 267M
+    ],
+)
+def test_the_papers_sizes(stage, size, published, tolerance):
+    """Table 3 of arXiv 2204.06125."""
+    assert PARAMETERS[stage, size] == pytest.approx(published, rel=tolerance)
+
+
+def test_the_papers_clip():
+    """ViT-H/16 has 632M parameters (table 1 of arXiv 2010.11929, at 14 px patches)."""
+    assert peer.size(params("clip", "paper")["vision"]) == pytest.approx(
+        632e6, rel=0.01
+    )
+
+
+def test_the_papers_decoder_is_glides():
+    """2.3B for the picture and 1.2B for the text (section 4 of arXiv 2112.10741)."""
+    decoder = params("decoder", "paper")
+    assert peer.size(decoder["net"]) == pytest.approx(2.3e9, rel=0.03)
+    assert peer.size(decoder["text"]["transformer"]) == pytest.approx(1.2e9, rel=0.01)
+
+
+def row(batch_size, iterations, learning_rate, sampling_steps, **others):
+    """What the decoder and the upsamplers share, and what they do not."""
+    return {
+        "schedule": "cosine",
+        "diffusion_steps": 1000,
+        "sampling_steps": sampling_steps,
+        "crop_fraction": 1.0,
+        "batch_size": batch_size,
+        "iterations": iterations,
+        "learning_rate": learning_rate,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "ema_decay": 0.9999,
+    } | others
+
+
+PRIOR_OPTIM = {"b2": 0.96, "eps": 1e-6, "weight_decay": 6e-2}
+TABLE_3 = {
+    ("prior", "paper"): row(4096, 600_000, 1.1e-4, 64, **PRIOR_OPTIM),
+    ("decoder", "paper"): row(2048, 800_000, 1.2e-4, 250),
+    ("upsampler", "paper_256"): row(1024, 1_000_000, 1.2e-4, 27, crop_fraction=0.25),
+    ("upsampler", "paper_1024"): row(
+        512, 1_000_000, 1.0e-4, 15, crop_fraction=0.25, schedule="linear"
+    ),
+}
+
+
+@pytest.mark.parametrize("stage, size", TABLE_3)
+def test_table_3_of_the_paper(stage, size):
+    config = module(stage).get_config(size)
+    table = schedule.make(config.diffusion.schedule, config.diffusion.steps)
+    assert TABLE_3[stage, size] == {
+        "schedule": config.diffusion.schedule,
+        "diffusion_steps": table.steps,
+        "sampling_steps": schedule.respace(table, config.sampling.steps).steps,
+        "crop_fraction": config.data.crop_fraction,
+        "batch_size": config.batch_size,
+        "iterations": config.steps,
+        "learning_rate": config.optim.learning_rate,
+        "b2": config.optim.b2,
+        "eps": config.optim.eps,
+        "weight_decay": config.optim.weight_decay,
+        "ema_decay": config.ema_decay,
+    }
+
+
+def leaves(config):
+    """The keys that hold values, of a config and its sections."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value)
+        else:
+            yield name
+
+
+def test_every_key_is_read():
+    """By name, somewhere: an attribute, a parameter, a field or a string."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "dalle2_jax").rglob("*.py")]
+    words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in files)))
+    for stage, size in PARAMETERS:
+        assert set(leaves(module(stage).get_config(size))) <= words
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_the_quick_start_trains_every_stage_at_its_size(size):
+    config = module("quickstart").get_config(size)
+    assert list(config.stages) == STAGES
+    for stage in STAGES:
+        expected = module(stage).get_config(size)
+        expected.steps = config[stage].steps
+        expected.optim.warmup = config[stage].optim.warmup
+        assert config[stage].to_dict() == expected.to_dict()
+        assert expected.optim.warmup < expected.steps
+
+
+@pytest.mark.parametrize(
+    "stage, sizes",
+    [(stage, "tiny, small, paper") for stage in ["clip", "prior", "decoder"]]
+    + [
+        ("upsampler", "tiny, small, paper_256, paper_1024"),
+        ("quickstart", "tiny, small"),
+    ],
+)
+def test_an_unknown_size_names_the_sizes(stage, sizes):
+    with pytest.raises(UserError) as error:
+        module(stage).get_config("huge")
+    assert str(error.value) == f"configs/{stage}.py has no size 'huge': choose {sizes}"

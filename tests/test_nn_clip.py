@@ -1,0 +1,139 @@
+"""CLIP's towers against transformers', and what the text tower looks at."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle2_jax.nn.clip import CLIP
+from tests.golden import peer
+
+EOT = 39
+TINY = dict(
+    embed_dim=12,
+    image_size=12,
+    patch_size=4,
+    vision_width=24,
+    vision_layers=2,
+    vision_heads=2,
+    vocab_size=40,
+    context_length=10,
+    text_width=16,
+    text_layers=2,
+    text_heads=2,
+    eot=EOT,
+)
+
+
+@partial(jax.jit, static_argnames=("activation", "remat", "dtype"))
+def both(params, image, tokens, activation="gelu", remat=False, dtype=jnp.float32):
+    """Every output of a tiny CLIP."""
+    model = CLIP(**TINY, activation=activation, remat=remat, dtype=dtype)
+    variables = {"params": params}
+    caption = model.apply(variables, tokens, method="encode_caption")
+    return *model.apply(variables, image, tokens), caption
+
+
+def assert_answers_as(arrays, activation):
+    weights, inputs, outputs = peer.unpack(arrays)
+    params = peer.clip(weights, depth=2)
+    peer.assert_fits(CLIP(**TINY), params)
+    assert peer.size(params) == peer.size(weights)
+    z_image, z_text, temperature, caption = both(
+        params,
+        inputs["image"].transpose(0, 2, 3, 1),
+        inputs["tokens"],
+        activation=activation,
+    )
+    peer.assert_close(z_image, outputs["image_embeds"], 1e-5)
+    peer.assert_close(z_text, outputs["text_embeds"], 1e-5)
+    peer.assert_close(caption.z_text, outputs["text_embeds"], 1e-5)
+    peer.assert_close(caption.states, outputs["last_hidden_state"], 1e-5)
+    peer.assert_close(temperature, jnp.exp(weights["logit_scale"]), 1e-5)
+
+
+def test_answers_as_transformers_did():
+    assert_answers_as(peer.load("clip"), "quick_gelu")
+
+
+def test_the_activation_matters():
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_answers_as(peer.load("clip"), "gelu")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_answers_as_transformers(activation):
+    from tests.golden import make
+
+    assert_answers_as(make.clip(activation), activation)
+
+
+@pytest.fixture(scope="module")
+def params():
+    weights, *_ = peer.unpack(peer.load("clip"))
+    return peer.clip(weights, depth=2)
+
+
+IMAGE = jnp.linspace(-2, 2, 12 * 12 * 3).reshape(1, 12, 12, 3)
+
+
+def padded(*tokens):
+    """The ids, ended and padded as the tokenizer does."""
+    padding = [EOT] * (TINY["context_length"] - len(tokens))
+    return jnp.asarray([[*tokens, *padding]])
+
+
+def test_later_tokens_do_not_change_earlier_states(params):
+    *_, one = both(params, IMAGE, padded(1, 2, 3, 4))
+    *_, other = both(params, IMAGE, padded(1, 2, 7, 8, 9))
+    one, other = one.states[0], other.states[0]
+    np.testing.assert_array_equal(one[:2], other[:2])
+    assert (jnp.abs(one[2:] - other[2:]).max(-1) > 1e-3).all()
+
+
+def test_the_text_embedding_is_read_at_the_first_end_of_text(params):
+    tokens = padded(1, 2, 3)
+    *_, caption = both(params, IMAGE, tokens)
+    assert caption.mask.tolist() == [[True] * 4 + [False] * 6]
+    projection = params["text"]["projection"]["kernel"]
+    pooled = caption.states[:, 3] @ projection
+    np.testing.assert_allclose(caption.z_text, pooled, atol=1e-5)
+    # What stands after the end of the text is never looked at.
+    *_, other = both(params, IMAGE, tokens.at[:, 4:].set(5))
+    np.testing.assert_array_equal(other.z_text, caption.z_text)
+
+
+def test_the_temperature_is_clipped_at_100(params):
+    hot = params | {"logit_scale": jnp.float32(10)}
+    _, _, temperature, _ = both(hot, IMAGE, padded(1))
+    np.testing.assert_allclose(temperature, 100, rtol=1e-6)
+
+
+def test_the_temperature_starts_at_1_over_007():
+    model = CLIP(**TINY | {"vision_layers": 0, "text_layers": 0})
+    start = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
+    np.testing.assert_allclose(jnp.exp(start["logit_scale"]), 1 / 0.07, rtol=1e-6)
+
+
+def test_bfloat16_is_for_activations_only(params):
+    peer.assert_fits(CLIP(**TINY, dtype=jnp.bfloat16), params)
+    exact = both(params, IMAGE, padded(1, 2, 3))
+    rough = both(params, IMAGE, padded(1, 2, 3), dtype=jnp.bfloat16)
+    assert rough[-1].states.dtype == jnp.bfloat16
+    for a, b in zip(rough[:2], exact[:2], strict=True):
+        peer.assert_close(a, b, 0.03)
+        assert (a != b).any()
+
+
+def test_remat_is_in_both_towers(params):
+    def blocks(remat):
+        arguments = params, IMAGE, padded(1)
+        jaxpr = jax.make_jaxpr(partial(both, remat=remat))(*arguments)
+        return str(jaxpr).count("policy=")
+
+    assert blocks(remat=False) == 0
+    # encode_caption reads the text a second time.
+    assert blocks(remat=True) == TINY["vision_layers"] + 2 * TINY["text_layers"]

@@ -1,0 +1,114 @@
+"""Text to image: determinism, settings, and every refusal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dalle2_jax
+from dalle2_jax.errors import UserError
+from dalle2_jax.pipeline import generate
+
+RED, BLUE = "a small red circle", "a large blue star on a black background"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models):
+    return dalle2_jax.load(tiny_models["upsampler"])
+
+
+def assert_same_pictures(a, b):
+    """Equal up to the last bit of rounding, which the batch's size may change."""
+    assert np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+def test_pictures_of_each_prompt_stand_together(model):
+    calls = []
+    pictures = dalle2_jax.text_to_image(
+        model, [RED, BLUE], num=3, progress=lambda *call: calls.append(call)
+    )
+    assert pictures.shape == (6, 32, 32, 3) and pictures.dtype == np.uint8
+    assert calls == [("prior", 6, 6), ("decoder", 6, 6), ("upsampler 32", 6, 6)]
+    assert len({p.tobytes() for p in pictures}) == 6
+
+
+def test_a_picture_does_not_depend_on_its_batch(model, monkeypatch):
+    many = dalle2_jax.text_to_image(model, RED, num=20, seed=3)
+    few = dalle2_jax.text_to_image(model, RED, num=2, seed=3)
+    assert_same_pictures(many[:2], few)
+    monkeypatch.setattr(generate, "BATCH", 1)  # 8 at once on 8 devices
+    assert_same_pictures(dalle2_jax.text_to_image(model, RED, num=20, seed=3), many)
+
+
+def test_a_picture_does_not_depend_on_the_devices(model):
+    one = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    alone = model._replace(devices=one)
+    for part in ("clip", "prior", "decoder"):
+        moved = jax.device_put(getattr(model, part), jax.devices()[0])
+        alone = alone._replace(**{part: moved})
+    alone = alone._replace(upsamplers=())
+    model = model._replace(upsamplers=())
+    assert_same_pictures(
+        dalle2_jax.text_to_image(alone, RED, num=3),
+        dalle2_jax.text_to_image(model, RED, num=3),
+    )
+
+
+def test_seed_prompt_steps_and_guidance_matter(model):
+    def picture(prompt=RED, **settings):
+        return dalle2_jax.text_to_image(model, prompt, **settings)
+
+    first = picture()
+    assert picture().tobytes() == first.tobytes()
+    assert picture(seed=1).tobytes() != first.tobytes()
+    assert picture(steps={"decoder": 3}).tobytes() != first.tobytes()
+    assert picture(guidance={"decoder": 9.0}).tobytes() != first.tobytes()
+    assert picture(steps={"upsampler": (2,)}).tobytes() != first.tobytes()
+    same = picture(steps={"prior": 4, "decoder": "4", "upsampler": 3})
+    assert same.tobytes() == first.tobytes()
+
+
+def test_smaller_sizes_leave_upsamplers_out(model):
+    assert model.sizes == (16, 32)
+    assert dalle2_jax.text_to_image(model, RED, size=16).shape == (1, 16, 16, 3)
+
+
+def test_the_upsampler_sees_the_small_picture(model):
+    """Its low-resolution input, downsized again, is what it was given."""
+    low = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)))
+    keys = generate.picture_keys(0, 2)
+    part = model.upsamplers[0]
+    first = generate.sample_upsampler(part, jnp.float32(low), keys)
+    other = generate.sample_upsampler(part, -jnp.float32(low), keys)
+    assert np.abs(first - other).max() > 0.1
+
+
+def test_a_long_prompt_is_cut_with_a_warning(model):
+    with pytest.warns(UserWarning, match="cut to the 22"):
+        dalle2_jax.text_to_image(model, "a red circle " * 20, size=16)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "no prompt"),
+        (["a", " "], {}, "the prompt ' ' is empty"),
+        ("a", {"num": 0}, "num=0"),
+        ("a", {"seed": -1}, "seed=-1"),
+        ("a", {"size": 64}, "size=64: this model makes pictures of side 16, 32"),
+        ("a", {"steps": {"clip": 3}}, "steps for 'clip'"),
+        ("a", {"steps": {"prior": 0}}, "0"),
+        ("a", {"steps": {"upsampler": (2, 2)}}, "steps for 2 upsamplers"),
+        ("a", {"guidance": {"upsampler": 2.0}}, "guidance for 'upsampler'"),
+        ("a", {"guidance": {"decoder": -1.0}}, "must be 0 or more"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(model, prompts, settings, message):
+    with pytest.raises(UserError, match=message):
+        dalle2_jax.text_to_image(model, prompts, **settings)
+
+
+def test_a_model_without_a_part_is_refused(tiny_models):
+    model = dalle2_jax.load(tiny_models["prior"])
+    with pytest.raises(UserError, match="has no decoder"):
+        dalle2_jax.text_to_image(model, RED)

@@ -1,0 +1,183 @@
+"""train.py and sample.py as a user runs them: their files, and every mistake."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle2_jax import checkpoint
+
+ROOT = Path(__file__).parent.parent
+CLIP = "--config=configs/clip.py:tiny"
+
+
+def start(script, *arguments):
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def refused(script, *arguments):
+    """What it says of a mistake, which is to be one line and exit code 2."""
+    code, out, err = finish(start(script, *arguments))
+    assert code == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert "Traceback" not in out + err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no --config"),
+        ([CLIP], "no --workdir"),
+        (["--config=configs/clip.py:huge", "--workdir=w"], "choose tiny, small, paper"),
+        (["--config=configs/nothing.py", "--workdir=w"], "no such config file"),
+        ([CLIP, "--workdir=w", "--config.stepz=3"], "has no key 'stepz'"),
+        ([CLIP, "--workdir=w", "--config.optim.rate=3"], "--config.optim.rate"),
+        ([CLIP, "--workdir=w", "--config.steps=many"], "many"),
+        ([CLIP, "--workdir=w", "--speed=9"], "speed"),
+        ([CLIP, "--workdir=w", "extra"], "extra"),
+    ],
+)
+def test_flags_that_train_refuses(arguments, message):
+    assert message in refused("train.py", *arguments)
+
+
+def folder_without_picture(path):
+    (path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "a"}\n')
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: path.rmdir(), "there is no folder"),
+        (lambda path: None, "no pictures"),
+        (folder_without_picture, "a.png"),
+    ],
+)
+def test_data_that_train_refuses(tmp_path, prepare, message):
+    data = tmp_path / "data"
+    data.mkdir()
+    prepare(data)
+    said = refused(
+        "train.py",
+        CLIP,
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.source=folder",
+        f"--config.data.path={data}",
+    )
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no --prompt"),
+        (["--prompt="], "is empty"),
+        (["--prompt=a", "--model=/nothing"], "is not a model"),
+        (["--prompt=a", "--num=0"], "num=0"),
+        (["--prompt=a", "--size=99"], "size=99: this model makes"),
+        (["--prompt=a", "--steps=50"], "write NETWORK=NUMBER"),
+        (["--prompt=a", "--steps=decoder=fast"], "fast"),
+        (["--prompt=a", "--guidance=prior=high"], "'high'"),
+        (["--prompt=a", "--num=many"], "many"),
+    ],
+)
+def test_flags_that_sample_refuses(arguments, message, tiny_models, tmp_path):
+    defaults = [f"--model={tiny_models['upsampler']}", f"--out={tmp_path}"]
+    assert message in refused("sample.py", *defaults, *arguments)
+
+
+def test_a_truncated_weights_file_is_refused(tiny_models, tmp_path):
+    checkpoint.copy(tiny_models["upsampler"], tmp_path / "model")
+    file = tmp_path / "model" / "prior.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    said = refused("sample.py", "--prompt=a", f"--model={tmp_path / 'model'}")
+    assert "prior.safetensors" in said
+
+
+def test_sample_writes_pictures_and_a_grid(tiny_models, tmp_path):
+    code, out, err = finish(
+        start(
+            "sample.py",
+            "--prompt=a small red circle",
+            "--prompt=a large blue star",
+            f"--model={tiny_models['upsampler']}",
+            "--num=2",
+            "--seed=7",
+            "--steps=decoder=3,upsampler=2",
+            f"--out={tmp_path}",
+        )
+    )
+    assert code == 0, err
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["000.png", "001.png", "002.png", "003.png", "grid.png"]
+    picture = Image.open(tmp_path / "002.png")
+    assert picture.size == (32, 32)
+    assert picture.text["prompt"] == "a large blue star"
+    assert picture.text["seed"] == "7"
+    assert picture.text["model"] == str(tiny_models["upsampler"])
+    assert "decoder=3" in picture.text["settings"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "prior", "decoder", "upsampler"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    name, how, tiny_models, tmp_path
+):
+    def command(workdir):
+        base = "" if name == "clip" else tiny_models["clip"]
+        return start(
+            "train.py",
+            f"--config=configs/{name}.py:tiny",
+            f"--workdir={workdir}",
+            f"--config.base={base}",
+            "--config.steps=30",
+            "--config.save_every=5",
+            "--config.log_every=1",
+        )
+
+    code, _, err = finish(command(tmp_path / "whole"))
+    assert code == 0, err
+    process = command(tmp_path / "cut")
+    log = tmp_path / "cut" / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 12:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(how)
+    code, out, _ = finish(process)
+    assert code == (0 if how == signal.SIGTERM else -signal.SIGKILL), out
+    assert not (tmp_path / "cut" / "model").exists()
+    code, out, err = finish(command(tmp_path / "cut"))
+    assert code == 0 and "resuming from step" in out, err
+
+    models = [checkpoint.load(tmp_path / run / "model") for run in ("whole", "cut")]
+    for part, params in models[0].params.items():
+        assert params.keys() == models[1].params[part].keys()
+        same(params, models[1].params[part])
+
+
+def same(a, b):
+    for key in a:
+        if isinstance(a[key], dict):
+            same(a[key], b[key])
+        else:
+            np.testing.assert_array_equal(a[key], b[key])
