@@ -21,7 +21,9 @@ def run(main: Callable[[], None]) -> None:
             rest = flags.FLAGS(list(argv))
             if len(rest) > 1:
                 raise UserError(f"unknown argument {rest[1]!r}: options begin with --")
-            flags.FLAGS.flag_values_dict()  # config files are read when asked for
+            # A config file that isn't there is an error only once its value is used.
+            for value in flags.FLAGS.flag_values_dict().values():
+                hasattr(value, "items")
             return rest
         # ml_collections raises KeyError and AttributeError for keys that are not there.
         except (flags.Error, UserError, OSError, KeyError, AttributeError) as error:
@@ -46,9 +48,10 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
     """One line on what is wrong with a flag."""
     text = str(error)
     if isinstance(error, KeyError | AttributeError):
-        key = text.strip("\"'")
+        key, guess = re.search(r"\w+", text)[0], re.search(r"you mean \W*(\w+)", text)
         flag = next((a for a in argv if re.match(rf"--config\.(.*\.)?{key}\b", a)), key)
-        return f"{flag.split('=')[0]}: the config has no key {key!r}"
+        hint = f"; did you mean {guess[1]!r}?" if guess else ""
+        return f"{flag.split('=')[0]}: the config has no key {key!r}{hint}"
     if "No such file or directory" in text and "config" in text:
         path = next((a for a in argv if a.startswith("--config=")), "--config")
         return f"{path}: there is no such config file"

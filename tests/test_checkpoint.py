@@ -91,6 +91,18 @@ def test_copy(model, tmp_path):
         checkpoint.copy(tmp_path / "nowhere", tmp_path / "other")
 
 
+def test_copy_in_half_precision(model, tmp_path):
+    checkpoint.copy(model, tmp_path / "half", dtype="float16")
+    before, after = checkpoint.load(model), checkpoint.load(tmp_path / "half")
+    for part, params in before.params.items():
+        for a, b in zip(
+            jax.tree.leaves(params), jax.tree.leaves(after.params[part]), strict=True
+        ):
+            assert b.dtype == np.float16
+            np.testing.assert_allclose(a, b, rtol=1e-3)
+    jax.tree.map(np.testing.assert_array_equal, before.statistics, after.statistics)
+
+
 def test_an_export_replaces_a_model_as_a_whole(model):
     config = {"parts": {"clip": {}}}
     checkpoint.export(model, params={"clip": PARAMS["clip"]}, config=config)

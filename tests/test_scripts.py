@@ -61,6 +61,7 @@ def test_flags_that_train_refuses(arguments, message):
 
 
 def folder_without_picture(path):
+    Image.new("RGB", (8, 8)).save(path / "b.png")
     (path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": "a"}\n')
 
 

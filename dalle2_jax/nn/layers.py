@@ -49,8 +49,12 @@ def attention(
             mask = jnp.broadcast_to(mask, shape)
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    logits = jnp.einsum("bhqd,bhkd->bhqk", q / math.sqrt(q.shape[-1]), k)
-    logits = logits.astype(jnp.float32)
+    logits = jnp.einsum(
+        "bhqd,bhkd->bhqk",
+        q / math.sqrt(q.shape[-1]),
+        k,
+        preferred_element_type=jnp.float32,
+    )
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits).astype(v.dtype)
@@ -132,7 +136,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of pre-norm blocks; ``remat`` recomputes each one in the backward pass."""
+    """Pre-norm blocks; ``remat`` recomputes each one in the backward pass."""
 
     layers: int
     heads: int

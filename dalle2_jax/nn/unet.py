@@ -5,11 +5,14 @@ convolutions a residual block, resampling inside residual blocks, and attention 
 which the context's keys and values stand beside the image's own.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.nn.layers import (
     GroupNorm,
     attention,
@@ -41,13 +44,9 @@ class ResBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], train: bool
     ) -> Float[Array, "b h2 w2 c2"]:
-        def conv(size: int, name: str, init=nn.initializers.lecun_normal()) -> nn.Conv:
+        def conv(size: int, name: str, **options: Any) -> nn.Conv:
             return nn.Conv(
-                self.channels,
-                (size, size),
-                dtype=self.dtype,
-                kernel_init=init,
-                name=name,
+                self.channels, (size, size), dtype=self.dtype, name=name, **options
             )
 
         resample = _RESAMPLE[self.resample]
@@ -62,7 +61,7 @@ class ResBlock(nn.Module):
         else:
             h = norm(h + e[:, None, None])
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
-        h = conv(3, "conv_2", nn.initializers.zeros)(h)
+        h = conv(3, "conv_2", kernel_init=nn.initializers.zeros)(h)
         if x.shape[-1] != self.channels:
             x = conv(1, "skip")(x)
         return x + h
@@ -141,6 +140,17 @@ class UNet(nn.Module):
         side = 2 ** (len(self.multipliers) - 1)
         return jnp.zeros((1, side, side, self.in_channels)), jnp.zeros(1)
 
+    def _check_widths(self) -> None:
+        for level, multiplier in enumerate(self.multipliers):
+            channels = self.channels * multiplier
+            attends = level in self.attention_levels
+            if channels % self.groups or attends and channels % self.head_channels:
+                raise UserError(
+                    f"level {level} of the U-Net has {channels} channels: must divide "
+                    f"by groups={self.groups}, and where it attends by "
+                    f"head_channels={self.head_channels}"
+                )
+
     @nn.compact
     def __call__(
         self,
@@ -165,6 +175,7 @@ class UNet(nn.Module):
         Returns:
           float32, the network's raw output.
         """
+        self._check_widths()
         width = 4 * self.channels
         block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attend = nn.remat(AttentionBlock) if self.remat else AttentionBlock

@@ -240,7 +240,9 @@ def _set(model: Model, setting: str, values: Mapping[str, Any]) -> Model:
             model = model._replace(**{name: part})
     if "upsampler" in values:
         each = values["upsampler"]
-        each = each if isinstance(each, Sequence) and not isinstance(each, str) else [each]
+        each = (
+            each if isinstance(each, Sequence) and not isinstance(each, str) else [each]
+        )
         if len(each) != len(model.upsamplers):
             raise UserError(
                 f"{setting} for {len(each)} upsamplers ({each}): there are "

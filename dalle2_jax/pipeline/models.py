@@ -20,7 +20,6 @@ from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.nn.unet import UNet
 
-
 static = partial(flax.struct.field, pytree_node=False)
 
 
@@ -142,4 +141,3 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return FrozenDict({key: _hashable(item) for key, item in value.items()})
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
-

@@ -63,6 +63,8 @@ def load_base(config: ConfigDict) -> checkpoint.Export:
             f"the model at {config.base} has no CLIP, only "
             f"{', '.join(sorted(base.params))}: train configs/clip.py first"
         )
+    # The stages compute with float32 params, whatever the file holds.
+    base.params["clip"] = jax.tree.map(np.float32, base.params["clip"])
     return base
 
 
