@@ -48,7 +48,7 @@ SIZES = {
         "loop": dict(steps=5000, batch_size=64),
         "optim": dict(warmup=200),
         "diffusion": dict(predict="x0", variance="fixed_small"),
-        "sampling": dict(steps=25, guidance=2.0),
+        "sampling": dict(steps=25, guidance=1.5),
         "drop_caption": 0.3,
     },
     "paper": {

@@ -25,7 +25,7 @@ SIZES = {
         "loop": dict(steps=5000, batch_size=256),
         "optim": dict(warmup=200),
         "statistics_examples": 8192,
-        "sampling": dict(steps=25, guidance=2.0),
+        "sampling": dict(steps=25, guidance=1.0),
     },
     "paper": {
         "net": dict(width=2048, layers=24, heads=32),

@@ -293,6 +293,7 @@ def _replacing(directory: str | Path) -> Iterator[Path]:
 def _save(path: Path, tree: Mapping[str, Any]) -> None:
     arrays = flatten_dict(dict(tree), sep="/")
     save_file({k: np.asarray(v, order="C") for k, v in arrays.items()}, path)
+    path.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("path", (ROOT / "colab").glob("*.ipynb"), ids=lambda p: p.stem)
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")  # the kernel's client's own
 def test_a_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)

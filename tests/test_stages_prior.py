@@ -1,0 +1,29 @@
+"""The space in which the prior works."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from dalle2_jax import checkpoint
+from dalle2_jax.stages import prior
+from dalle2_jax.stages import stage as shared
+from tests.tiny import make_stage
+
+
+def test_statistics_are_those_of_the_embeddings(tiny_models):
+    statistics = checkpoint.load(tiny_models["prior"]).statistics
+    stage = make_stage("prior", tiny_models["clip"])
+    np.testing.assert_array_equal(stage.frozen["mean"], statistics["z_image_mean"])
+    batches = stage.batches("train", 0)
+    net = checkpoint.load(tiny_models["clip"])
+    module = shared.clip_module(net, jnp.dtype("float32"))
+    pictures = np.concatenate([next(batches)["clip_image"] for _ in range(8)])
+    z = shared.encode_image(
+        module, net.params["clip"], jnp.float32(pictures / 127.5 - 1)
+    )
+    np.testing.assert_allclose(statistics["z_image_mean"], z.mean(0), atol=1e-5)
+    np.testing.assert_allclose(statistics["z_image_std"], z.std(0), rtol=1e-3)
+
+
+def test_cosine():
+    a, b = jnp.asarray([[1.0, 0.0], [2.0, 2.0]]), jnp.asarray([[0.0, 3.0], [1.0, 1.0]])
+    np.testing.assert_allclose(prior.cosine(a, b), [0.0, 1.0], atol=1e-6)

@@ -1,0 +1,75 @@
+"""What holds for every stage: it learns, and the model it exports can be used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dalle2_jax import checkpoint
+from dalle2_jax.errors import UserError
+from dalle2_jax.stages import stage as shared
+from tests.tiny import make_stage
+
+NAMES = ("clip", "prior", "decoder", "upsampler")
+
+
+def test_dropped_captions_become_the_empty_one():
+    tokens, empty = jnp.arange(6).reshape(3, 2), jnp.asarray([9, 9])
+    dropped = shared.drop_caption(tokens, empty, jnp.asarray([False, True, False]))
+    np.testing.assert_array_equal(dropped, [[0, 1], [9, 9], [4, 5]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_falls_on_one_batch(name, tiny_models):
+    """A few steps of Adam on one batch and one draw of the noise."""
+    stage = make_stage(name, None if name == "clip" else tiny_models["clip"])
+    params = stage.init(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, next(stage.batches("train", 0)))
+    value = jax.jit(
+        jax.value_and_grad(
+            lambda p: stage.loss(p, stage.frozen, batch, jax.random.key(1))[0]
+        )
+    )
+    optimizer = optax.adam(3e-3)
+    state = optimizer.init(params)
+    first, _ = value(params)
+    for _ in range(10):
+        _, grads = value(params)
+        updates, state = optimizer.update(grads, state)
+        params = optax.apply_updates(params, updates)
+    assert value(params)[0] < 0.9 * first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_are_one_number_for_each_example(name, tiny_models):
+    stage = make_stage(name, None if name == "clip" else tiny_models["clip"])
+    params = stage.init(jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, next(stage.batches("heldout", 0)))
+    metrics = stage.metrics(params, stage.frozen, batch, jax.random.key(1))
+    assert {v.shape for v in metrics.values()} == {(8,)}
+    for value in stage.preview(params, stage.frozen, batch, jax.random.key(2)).values():
+        assert value.ndim in (0, 4)
+        assert value.ndim == 0 or value.dtype == jnp.uint8
+
+
+def test_a_model_grows_part_by_part(tiny_models):
+    model = checkpoint.load(tiny_models["upsampler"])
+    assert set(model.params) == {"clip", "prior", "decoder", "upsampler_32"}
+    assert set(model.config["parts"]) == set(model.params)
+    assert model.config["parts"]["upsampler_32"]["low_size"] == 16
+    # What an earlier stage trained has come along unchanged.
+    before = checkpoint.load(tiny_models["clip"]).params["clip"]
+    jax.tree.map(np.testing.assert_array_equal, model.params["clip"], before)
+
+
+def test_a_stage_needs_a_base_with_clip(tmp_path, tiny_models):
+    with pytest.raises(UserError, match="needs a model with a trained CLIP"):
+        make_stage("prior", None)
+    checkpoint.export(tmp_path / "m", params={}, config={"parts": {}})
+    with pytest.raises(UserError, match="has no CLIP"):
+        make_stage("decoder", tmp_path / "m")
+    with pytest.raises(UserError, match="dtype='float16'"):
+        make_stage("clip", None, dtype="float16")
+    with pytest.raises(UserError, match='"imagenet"'):
+        make_stage("clip", None, **{"data.source": "imagenet"}).batches("train", 0)

@@ -1,0 +1,28 @@
+"""What the upsampler is given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.tiny import make_stage
+
+
+def test_the_low_resolution_picture():
+    """Crops of half the side; what is finer than the small picture's pixels is gone."""
+    stage = make_stage("upsampler")
+    batch = next(stage.batches("train", 0))
+    assert batch["image"].shape == (8, 16, 16, 3)  # half of 32
+
+    y, x = np.indices((16, 16))
+    board = np.where((x + y) % 2, 255, 0).astype(np.uint8)
+    halves = np.where(x < 8, 255, 0).astype(np.uint8)
+    pictures = np.stack([board, halves])[..., None].repeat(3, axis=-1)
+    params = stage.init(jax.random.key(0))
+    batch = {"image": jnp.asarray(pictures)}
+    shown = stage.preview(params, {}, batch, jax.random.key(1))
+    low = np.asarray(shown["low"], int)
+    assert low.shape == (2, 16, 16, 3)
+    assert np.abs(low[0] - 127).max() < 12
+    assert low[1, :, :4].min() > 245 and low[1, :, 12:].max() < 10
+    edge = low[1, 8, 4:12, 0]
+    assert (np.diff(edge) <= 0).all() and 60 < edge[3] < 220
