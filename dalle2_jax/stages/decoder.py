@@ -8,14 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from dalle2_jax.data import image, tokenizer
+from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.stages.stage import (
     Batch,
     Stage,
     add_part,
-    clip_module,
     denoising_loss,
     drop_caption,
     dtype_of,
@@ -43,12 +42,9 @@ def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
 def make(config: ConfigDict) -> Stage:
     """The stage that ``configs/decoder.py`` describes."""
     base = load_base(config)
-    dtype = dtype_of(config)
-    clip = clip_module(base, dtype)
-    text = tokenizer.load(base.tokenizer_dir)
-    empty = jnp.asarray(text.encode([""], clip.context_length)[0])
-    net = network(config, base.config["parts"]["clip"]["net"])
-    model = Decoder(**net, dtype=dtype)
+    clip = base.clip
+    net = network(config, base.model.config["parts"]["clip"]["net"])
+    model = Decoder(**net, dtype=dtype_of(config))
     diffusion = config.diffusion.to_dict()
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     size = config.size
@@ -96,7 +92,7 @@ def make(config: ConfigDict) -> Stage:
         # Section 2.1: each condition is dropped on its own, for guidance.
         drop = jax.random.bernoulli(key_caption, config.drop_caption, b)
         has_image = ~jax.random.bernoulli(key_image, config.drop_image, b)
-        tokens = drop_caption(tokens, empty, drop)
+        tokens = drop_caption(tokens, base.empty, drop)
         return losses(params, frozen, batch, tokens, has_image, key, True).mean(), {}
 
     def metrics(params: Any, frozen: Any, batch: Batch, key: Array):
@@ -120,7 +116,7 @@ def make(config: ConfigDict) -> Stage:
                 {"params": params}, x_t, t, c, method="denoise"
             ),
             context(True, tokens),
-            context(False, jnp.broadcast_to(empty, tokens.shape)),
+            context(False, jnp.broadcast_to(base.empty, tokens.shape)),
             sample.gaussian(jax.random.split(key, b), (size, size, 3)),
             diffusion,
             config.sampling.to_dict(),
@@ -134,15 +130,15 @@ def make(config: ConfigDict) -> Stage:
             "sampling": config.sampling.to_dict(),
             "size": size,
         }
-        return add_part(base, "decoder", part, params, text)
+        return add_part(base.model, "decoder", part, params, base.text)
 
     return Stage(
         name="decoder",
-        frozen={"clip": base.params["clip"]},
+        frozen={"clip": base.clip_params},
         init=init,
         loss=loss,
         metrics=metrics,
         preview=preview,
-        batches=make_batches(config, sizes, text, clip.context_length),
+        batches=make_batches(config, sizes, base.text, clip.context_length),
         export=export,
     )

@@ -9,14 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from dalle2_jax.data import image, tokenizer
+from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.stages.stage import (
     Batch,
     Stage,
     add_part,
-    clip_module,
     denoising_loss,
     drop_caption,
     dtype_of,
@@ -40,24 +39,21 @@ def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
 def make(config: ConfigDict) -> Stage:
     """The stage that ``configs/prior.py`` describes."""
     base = load_base(config)
-    dtype = dtype_of(config)
-    clip = clip_module(base, dtype)
-    text = tokenizer.load(base.tokenizer_dir)
-    empty = jnp.asarray(text.encode([""], clip.context_length)[0])
-    net = network(config, base.config["parts"]["clip"]["net"])
-    model = DiffusionPrior(**net, dtype=dtype)
+    clip = base.clip
+    net = network(config, base.model.config["parts"]["clip"]["net"])
+    model = DiffusionPrior(**net, dtype=dtype_of(config))
     diffusion = config.diffusion.to_dict()
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     batches = make_batches(
-        config, {"clip_image": clip.image_size}, text, clip.context_length
+        config, {"clip_image": clip.image_size}, base.text, clip.context_length
     )
     mean, std = embedding_statistics(
         clip,
-        base.params["clip"],
+        base.clip_params,
         batches("train", 0, whole=True),
         config.statistics_examples,
     )
-    frozen = {"clip": base.params["clip"], "mean": mean, "std": std}
+    frozen = {"clip": base.clip_params, "mean": mean, "std": std}
 
     def denoise(params: Any, caption: Any, x_t: Array, t: Array) -> Array:
         conditions = caption.z_text, caption.states, caption.mask
@@ -85,7 +81,7 @@ def make(config: ConfigDict) -> Stage:
         key, key_drop = jax.random.split(key)
         tokens = batch["tokens"]
         drop = jax.random.bernoulli(key_drop, config.drop_caption, tokens.shape[:1])
-        tokens = drop_caption(tokens, empty, drop)
+        tokens = drop_caption(tokens, base.empty, drop)
         return losses(params, frozen, batch, tokens, key).mean(), {}
 
     def metrics(params: Any, frozen: Any, batch: Batch, key: Array):
@@ -93,7 +89,7 @@ def make(config: ConfigDict) -> Stage:
 
     def preview(params: Any, frozen: Any, batch: Batch, key: Array):
         tokens = batch["tokens"]
-        nothing = jnp.broadcast_to(empty, tokens.shape)
+        nothing = jnp.broadcast_to(base.empty, tokens.shape)
         shape = tokens.shape[0], clip.embed_dim
         z = generate.generate(
             lambda x_t, t, caption: denoise(params, caption, x_t, t),
@@ -112,7 +108,7 @@ def make(config: ConfigDict) -> Stage:
             "sampling": config.sampling.to_dict(),
         }
         statistics = {"z_image_mean": np.asarray(mean), "z_image_std": np.asarray(std)}
-        return add_part(base, "prior", part, params, text, statistics)
+        return add_part(base.model, "prior", part, params, base.text, statistics)
 
     return Stage(
         name="prior",

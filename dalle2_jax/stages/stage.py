@@ -49,23 +49,47 @@ class Stage(NamedTuple):
     export: Callable[[Any], dict[str, Any]]
 
 
-def load_base(config: ConfigDict) -> checkpoint.Export:
-    """The exported model that the stage builds on; its CLIP and tokenizer are used."""
+class Base(NamedTuple):
+    """The exported model that a stage builds on.
+
+    Attributes:
+      model: all of it.
+      clip, clip_params: its CLIP, which the stage reads and leaves as it is.
+      text: its tokenizer.
+      empty: the empty caption's tokens.
+    """
+
+    model: checkpoint.Export
+    clip: CLIP
+    clip_params: Any
+    text: tokenizer.Tokenizer
+    empty: Int[Array, " l"]
+
+
+def load_base(config: ConfigDict) -> Base:
+    """Reads ``config.base``, which must have a CLIP and a tokenizer."""
     if not config.base:
         raise UserError(
             f"the {config.stage} stage needs a model with a trained CLIP: give one "
             "with --config.base=DIR (a workdir's model/ folder)"
         )
     bundled = config.base == "bundled"
-    base = checkpoint.load(checkpoint.BUNDLED if bundled else config.base)
-    if "clip" not in base.params:
+    model = checkpoint.load(checkpoint.BUNDLED if bundled else config.base)
+    if "clip" not in model.params or model.tokenizer_dir is None:
         raise UserError(
-            f"the model at {config.base} has no CLIP, only "
-            f"{', '.join(sorted(base.params))}: train configs/clip.py first"
+            f"the model at {config.base} has no CLIP with a tokenizer, only "
+            f"{', '.join(sorted(model.params)) or 'nothing'}: train configs/clip.py"
         )
-    # The stages compute with float32 params, whatever the file holds.
-    base.params["clip"] = jax.tree.map(np.float32, base.params["clip"])
-    return base
+    clip = CLIP(**model.config["parts"]["clip"]["net"], dtype=dtype_of(config))
+    text = tokenizer.load(model.tokenizer_dir)
+    return Base(
+        model=model,
+        clip=clip,
+        # Stages compute with float32 params, whatever the file holds.
+        clip_params=jax.tree.map(np.float32, model.params["clip"]),
+        text=text,
+        empty=jnp.asarray(text.encode([""], clip.context_length)[0]),
+    )
 
 
 def add_part(
@@ -135,11 +159,6 @@ def open_source(config: ConfigDict, split: str) -> sources.Source:
 
 
 # CLIP, frozen, as the later stages read it.
-
-
-def clip_module(base: checkpoint.Export, dtype: jnp.dtype) -> CLIP:
-    """The base model's CLIP."""
-    return CLIP(**base.config["parts"]["clip"]["net"], dtype=dtype)
 
 
 def encode_image(
