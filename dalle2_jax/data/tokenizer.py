@@ -79,13 +79,11 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
     Raises UserError if there is none.
     """
-    from transformers import CLIPTokenizer
-
     local = Path(path).is_dir()
     if not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
         raise UserError(f"there is no folder {path} to load a tokenizer from")
     try:
-        wrapped = CLIPTokenizer.from_pretrained(str(path))
+        wrapped = _clip_tokenizer().from_pretrained(str(path))
     # A damaged file surfaces as nearly any exception, the hub's as OSError.
     except Exception as error:
         where = "the folder" if local else "neither a folder here nor on the hub:"
@@ -132,17 +130,23 @@ def train(captions: Iterable[str], vocab_size: int, context_length: int) -> Toke
 
 def _clip(alphabet: list[str], merges: list, context_length: int):
     """A CLIP tokenizer of transformers with these merges."""
-    from transformers import CLIPTokenizer
-
     words = [*alphabet, *(byte + "</w>" for byte in alphabet)]
     words += [first + second for first, second in merges]
     words = list(dict.fromkeys(words))  # two merges can make the same word
     words += SPECIALS
-    return CLIPTokenizer(
+    return _clip_tokenizer()(
         vocab={word: i for i, word in enumerate(words)},
         merges=[tuple(merge) for merge in merges],
         model_max_length=context_length,
     )
+
+
+def _clip_tokenizer():
+    # On import it would tell everyone without PyTorch that PyTorch is missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer
 
 
 def _byte_alphabet() -> list[str]:
