@@ -85,7 +85,7 @@ def copy(
         if dtype is not None:
             for name, params in load(model).params.items():
                 cast = jax.tree.map(lambda x: x.astype(dtype), params)
-                _save(Path(new) / f"{name}.safetensors", cast)
+                _save(new / f"{name}.safetensors", cast)
 
 
 def load(directory: str | Path) -> Export:
