@@ -408,7 +408,7 @@ def format_table(table: dict[str, dict[str, Rate]]) -> str:
 
 def draw_gallery(verdicts: Sequence[Verdict], columns: int = 8) -> Image.Image:
     """For each kind, a row of right pictures and one of wrong ones, with captions."""
-    side, width, height = 128, 136, 188  # pixels of a picture and of its cell
+    side, width, height = 128, 136, 214  # pixels of a picture and of its cell
     rows = [
         [v for v in verdicts if v.kind == kind and v.right["all"] == right][:columns]
         for kind in KINDS
