@@ -244,7 +244,7 @@ def test_the_command_reports_a_model(tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out
     assert "relation" in table and "100.0% (88.6% to 100.0%)" in table
     with Image.open(out.with_suffix(".png")) as gallery:
-        assert gallery.size == (1088, 5 * 188)
+        assert gallery.size == (1088, 5 * 214)
 
 
 @pytest.mark.parametrize("arguments, message", [(["--num=0"], "--num=0: ask for")])
