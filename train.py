@@ -3,6 +3,7 @@
 python train.py --config=configs/STAGE.py:SIZE --workdir=DIR [--config.key=value]
 """
 
+import math
 from pathlib import Path
 
 from absl import flags
@@ -54,10 +55,14 @@ def main() -> None:
         raise UserError("no --config: give one, as --config=configs/clip.py:small")
     if not WORKDIR.value:
         raise UserError("no --workdir: give a directory for this run")
+    from dalle2_jax.train import mesh
     from dalle2_jax.train.cache import use_compilation_cache
 
     use_compilation_cache()
-    train(CONFIG.value, Path(WORKDIR.value))
+    config = CONFIG.value
+    stages = [config[name] for name in config.get("stages", ())] or [config]
+    mesh.use_cores(math.gcd(*(s.batch_size // max(s.accumulate, 1) for s in stages)))
+    train(config, Path(WORKDIR.value))
 
 
 if __name__ == "__main__":

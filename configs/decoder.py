@@ -9,6 +9,7 @@ paper  the 3.5B decoder of Table 3 of arXiv 2204.06125: 64 px.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs.common import common, diffusion, row, sampling
 
@@ -24,8 +25,10 @@ SIZES = {
             head_channels=16,
             dropout=0.0,
             groups=8,
+            patch_size=1,
         ),
         "text_encoder": dict(width=32, layers=1, heads=2),
+        "context_width": 32,
         "loop": dict(steps=20, batch_size=16, log_every=5, eval_batches=1),
         "optim": dict(warmup=5),
         "diffusion": dict(predict="x0", variance="fixed_small"),
@@ -35,17 +38,19 @@ SIZES = {
     "small": {
         "size": 32,
         "unet": dict(
-            channels=32,
-            multipliers=(1, 2, 4),
-            blocks=2,
+            channels=48,
+            multipliers=(1, 2),
+            blocks=1,
             out_channels=3,
-            attention_levels=(2,),
-            head_channels=32,
+            attention_levels=(1,),
+            head_channels=48,
             dropout=0.0,
-            groups=16,
+            groups=8,
+            patch_size=2,
         ),
-        "text_encoder": dict(width=128, layers=2, heads=4),
-        "loop": dict(steps=5000, batch_size=64),
+        "text_encoder": None,
+        "context_width": 128,
+        "loop": dict(steps=10_000, batch_size=32),
         "optim": dict(warmup=200),
         "diffusion": dict(predict="x0", variance="fixed_small"),
         "sampling": dict(steps=25, guidance=1.5),
@@ -62,8 +67,10 @@ SIZES = {
             head_channels=64,
             dropout=0.1,
             groups=32,
+            patch_size=1,
         ),
         "text_encoder": dict(width=2048, layers=24, heads=32),
+        "context_width": 2048,
         "loop": dict(
             steps=800_000,
             batch_size=2048,
@@ -96,11 +103,13 @@ def get_config(size: str = "small") -> ConfigDict:
     config.net.unet.in_channels = 3
     config.net.unet.scale_shift = True
     config.net.unet.remat = size == "paper"
-    config.net.context_width = values["text_encoder"]["width"]
+    config.net.context_width = values["context_width"]
     config.net.image_tokens = 4
-    config.net.text_encoder = ConfigDict(values["text_encoder"])
-    config.net.text_encoder.activation = "gelu"
-    config.net.text_encoder.remat = size == "paper"
+    config.net.text_encoder = placeholder(ConfigDict)  # None: CLIP's text states
+    if values["text_encoder"] is not None:
+        config.net.text_encoder = ConfigDict(values["text_encoder"])
+        config.net.text_encoder.activation = "gelu"
+        config.net.text_encoder.remat = size == "paper"
     config.size = values["size"]  # side of its pictures
     config.diffusion = diffusion(**values["diffusion"])
     config.sampling = sampling(**values["sampling"])

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dalle2_jax.nn.layers import LayerNorm, Transformer, causal_mask, text_mask
+from dalle2_jax.nn.layers import (
+    ACTIVATIONS,
+    GroupNorm,
+    LayerNorm,
+    Transformer,
+    causal_mask,
+    text_mask,
+)
 
 _embedding = nn.initializers.normal(0.02)
 
@@ -27,7 +34,11 @@ class Caption(NamedTuple):
 
 
 class VisionTower(nn.Module):
-    """ViT with a class token; its final state, projected, is the image embedding."""
+    """ViT with a class token; its final state, projected, is the image embedding.
+
+    With a ``stem``, convolutions of stride 2 come before the patch embedding, which
+    then spans what is left of a patch (Xiao et al. 2021, arXiv 2106.14881).
+    """
 
     embed_dim: int
     image_size: int
@@ -35,6 +46,7 @@ class VisionTower(nn.Module):
     width: int
     layers: int
     heads: int
+    stem: tuple[int, ...] = ()
     activation: str = "gelu"
     remat: bool = False
     dtype: DTypeLike = jnp.float32
@@ -42,6 +54,12 @@ class VisionTower(nn.Module):
     @nn.compact
     def __call__(self, image: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
         b, p, width = image.shape[0], self.patch_size, self.width
+        x = image
+        for i, channels in enumerate(self.stem):
+            x = nn.Conv(channels, (3, 3), (2, 2), dtype=self.dtype, name=f"stem_{i}")(x)
+            x = GroupNorm(1, name=f"stem_norm_{i}")(x)
+            x = ACTIVATIONS[self.activation](x)
+            p //= 2
         x = nn.Conv(
             width,
             (p, p),
@@ -50,7 +68,7 @@ class VisionTower(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             name="patch_embedding",
-        )(image).reshape(b, -1, width)
+        )(x).reshape(b, -1, width)
         token = self.param("class_embedding", _embedding, (width,))
         positions = self.param(
             "position_embedding", _embedding, (x.shape[1] + 1, width)
@@ -131,6 +149,7 @@ class CLIP(nn.Module):
       embed_dim: dimension d of the shared embedding space.
       image_size, patch_size: side of the input picture and of one patch, in pixels.
       vision_width, vision_layers, vision_heads: the image transformer.
+      vision_stem: channels of the convolutions before it; () for none (the paper).
       vocab_size, context_length: of the tokenizer; ``eot`` is its end-of-text id.
       text_width, text_layers, text_heads: the text transformer.
       activation: "gelu" (exact) or "quick_gelu" (OpenAI's weights).
@@ -148,6 +167,7 @@ class CLIP(nn.Module):
     text_layers: int
     text_heads: int
     eot: int
+    vision_stem: tuple[int, ...] = ()
     activation: str = "gelu"
     remat: bool = False
     dtype: DTypeLike = jnp.float32
@@ -165,6 +185,7 @@ class CLIP(nn.Module):
             width=self.vision_width,
             layers=self.vision_layers,
             heads=self.vision_heads,
+            stem=self.vision_stem,
             **shared,
         )
         self.text = TextTower(

@@ -173,6 +173,22 @@ def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
+def to_patches(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b h//p w//p p*p*c"]:
+    """Squares of p × p pixels as the channels of one (space to depth)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // p, w // p, p * p * c)
+
+
+def from_patches(
+    x: Float[Array, "b h w p*p*c"], p: int
+) -> Float[Array, "b p*h p*w c"]:
+    """The inverse of to_patches."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, p, p, c // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * p, w * p, c // (p * p))
+
+
 def downsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
     """Halving by the mean of 2×2 pixels."""
     b, h, w, c = x.shape

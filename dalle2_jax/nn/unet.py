@@ -17,7 +17,9 @@ from dalle2_jax.nn.layers import (
     GroupNorm,
     attention,
     downsample,
+    from_patches,
     timestep_embedding,
+    to_patches,
     upsample,
 )
 
@@ -110,7 +112,7 @@ class UNet(nn.Module):
 
     Attributes:
       channels, multipliers: channels of level l are channels · multipliers[l]; level
-        l works at 1/2^l of the input's side.
+        l works at 1/2^l of the input's side, less the patches.
       blocks: residual blocks a level.
       in_channels: 3, or 6 with a low-resolution picture beside the noised one.
       out_channels: 3, or 6 with a learned variance.
@@ -119,6 +121,9 @@ class UNet(nn.Module):
       scale_shift: how the embedding enters (see ResBlock).
       dropout: rate in the residual blocks, in training.
       groups: of the group norms; must divide the channels of every level.
+      patch_size: side of the squares of pixels that are the first level's positions.
+        1 is GLIDE; more costs detail and saves a laptop most of the arithmetic
+        (Hoogeboom et al. 2023, arXiv 2301.11093).
       remat: recompute residual and attention blocks in the backward pass.
     """
 
@@ -132,12 +137,13 @@ class UNet(nn.Module):
     scale_shift: bool = True
     dropout: float = 0.0
     groups: int = 32
+    patch_size: int = 1
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
     def example(self) -> tuple[Array, ...]:
         """Arguments of a call, for init and its shapes."""
-        side = 2 ** (len(self.multipliers) - 1)
+        side = self.patch_size * 2 ** (len(self.multipliers) - 1)
         return jnp.zeros((1, side, side, self.in_channels)), jnp.zeros(1)
 
     def _check_widths(self) -> None:
@@ -165,7 +171,7 @@ class UNet(nn.Module):
 
         Args:
           x: noised image (and what is concatenated to it), [-1, 1] scale; h and w must
-            be divisible by 2^(levels - 1).
+            be divisible by patch_size · 2^(levels - 1).
           t: timesteps as the training schedule counts them.
           vector: added to the timestep's embedding; its width is 4 · channels.
           context: more keys and values for every attention.
@@ -205,7 +211,7 @@ class UNet(nn.Module):
 
         last = len(self.multipliers) - 1
         x = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(
-            x.astype(self.dtype)
+            to_patches(x.astype(self.dtype), self.patch_size)
         )
         skips = [x]
         for level, multiplier in enumerate(self.multipliers):
@@ -235,10 +241,11 @@ class UNet(nn.Module):
                 x = res(x, channels, f"up_{level}_upsample", "up")
 
         x = nn.silu(GroupNorm(self.groups, name="norm_out")(x))
-        return nn.Conv(
-            self.out_channels,
+        x = nn.Conv(
+            self.out_channels * self.patch_size**2,
             (3, 3),
             dtype=self.dtype,
             kernel_init=nn.initializers.zeros,
             name="conv_out",
-        )(x).astype(jnp.float32)
+        )(x)
+        return from_patches(x, self.patch_size).astype(jnp.float32)
