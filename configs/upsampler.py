@@ -46,7 +46,7 @@ SIZES = {
         "size": 128,
         "crop_fraction": 0.25,
         "net": dict(
-            channels=64,
+            channels=48,
             multipliers=(1, 2),
             blocks=1,
             dropout=0.0,

@@ -25,16 +25,16 @@ TOKENIZER = Mock(spec=Tokenizer, vocab_size=49_408, eot=49_407)  # OpenAI CLIP's
 # With the vocabulary of OpenAI's CLIP.
 PARAMETERS = {
     ("clip", "tiny"): 1_641_601,
-    ("clip", "small"): 7_781_761,
+    ("clip", "small"): 7_468_801,
     ("clip", "paper"): 986_523_137,
     ("prior", "tiny"): 32_736,
-    ("prior", "small"): 3_430_528,
+    ("prior", "small"): 1_958_528,
     ("prior", "paper"): 1_225_925_632,
     ("decoder", "tiny"): 1_822_355,
-    ("decoder", "small"): 11_465_475,
+    ("decoder", "small"): 2_094_972,
     ("decoder", "paper"): 3_567_897_094,
     ("upsampler", "tiny"): 175_587,
-    ("upsampler", "small"): 1_197_571,
+    ("upsampler", "small"): 1_617_312,
     ("upsampler", "paper_256"): 691_579_523,
     ("upsampler", "paper_1024"): 267_146_691,
 }

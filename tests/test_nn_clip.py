@@ -141,3 +141,37 @@ def test_remat_is_in_both_towers(params):
     assert blocks(remat=False) == 0
     # encode_caption reads the text a second time.
     assert blocks(remat=True) == TINY["vision_layers"] + 2 * TINY["text_layers"]
+
+
+@pytest.mark.parity
+def test_the_stem_is_torchs_convolutions():
+    torch = pytest.importorskip("torch")
+    options = TINY | dict(image_size=32, patch_size=8, vision_stem=(4, 6))
+    model = CLIP(**options)
+    image, tokens = model.example()
+    image = jax.random.normal(jax.random.key(0), image.shape)
+    params = model.init(jax.random.key(1), image, tokens)["params"]
+    _, state = model.apply(
+        {"params": params},
+        image,
+        method="encode_image",
+        capture_intermediates=lambda module, _: module.name == "patch_embedding",
+    )
+    (embedded,) = state["intermediates"]["vision"]["patch_embedding"]["__call__"]
+
+    def weights(name, bias=True):
+        layer = params["vision"][name]
+        kernel = np.array(layer["kernel"]).transpose(3, 2, 0, 1)
+        yield torch.from_numpy(kernel)
+        yield torch.from_numpy(np.array(layer["bias"])) if bias else None
+
+    functional = torch.nn.functional
+    x = torch.from_numpy(np.array(image).transpose(0, 3, 1, 2))
+    for i in range(2):
+        # "SAME" pads an even side at its end.
+        x = functional.pad(x, (0, 1, 0, 1))
+        x = functional.conv2d(x, *weights(f"stem_{i}"), stride=2)
+        x = functional.gelu(functional.group_norm(x, 1))
+    x = functional.conv2d(x, *weights("patch_embedding", bias=False), stride=2)
+    expected = x.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-5)

@@ -229,3 +229,10 @@ def test_upsample_repeats_and_downsample_averages():
     np.testing.assert_array_equal(layers.downsample(up), x)
     corner = layers.downsample(up[:, 1:3, 1:3])  # one pixel of each of four
     np.testing.assert_allclose(corner[:, 0, 0], x[:, :2, :2].mean((1, 2)))
+
+
+def test_patches_hold_their_pixels_row_by_row():
+    x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
+    patches = layers.to_patches(x, 2)
+    np.testing.assert_array_equal(patches[1, 1, 2], x[1, 2:, 4:].ravel())
+    np.testing.assert_array_equal(layers.from_patches(patches, 2), x)

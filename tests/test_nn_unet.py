@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax.nn.layers import from_patches, to_patches
 from dalle2_jax.nn.unet import UNet
 from tests.golden import peer
 
@@ -179,3 +180,21 @@ def test_karlos_upsampler_has_its_parameter_count():
     karlo = dict(channels=320, multipliers=(1, 2, 3, 4), blocks=3)
     model = UNet(**karlo, in_channels=6, out_channels=3, scale_shift=False)
     assert peer.size(peer.abstract(model)) == 691_579_523
+
+
+def test_patches_are_the_channels_of_a_smaller_picture():
+    """With patches the network is the one that takes and gives such channels."""
+    x, t = jax.random.normal(jax.random.key(0), (2, 16, 16, 3)), jnp.array([3.0, 700.0])
+    options = TINY | dict(blocks=1)
+    patched = UNet(**options, in_channels=3, out_channels=6, patch_size=2)
+    plain = UNet(**options, in_channels=12, out_channels=24)
+    shapes = peer.abstract(patched)
+    assert shapes == peer.abstract(plain)
+    params = jax.tree.map(
+        lambda s: jax.random.normal(jax.random.key(s.size), s.shape) / 4, shapes
+    )
+    y = patched.apply({"params": params}, x, t)
+    assert y.shape == (2, 16, 16, 6)
+    expected = plain.apply({"params": params}, to_patches(x, 2), t)
+    np.testing.assert_array_equal(y, from_patches(expected, 2))
+    assert y.std() > 0.1

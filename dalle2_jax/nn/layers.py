@@ -173,7 +173,9 @@ def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
-def to_patches(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b h//p w//p p*p*c"]:
+def to_patches(
+    x: Float[Array, "b h w c"], p: int
+) -> Float[Array, "b h//{p} w//{p} {p}*{p}*c"]:
     """Squares of p × p pixels as the channels of one (space to depth)."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
@@ -181,12 +183,12 @@ def to_patches(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b h//p w//p 
 
 
 def from_patches(
-    x: Float[Array, "b h w p*p*c"], p: int
-) -> Float[Array, "b p*h p*w c"]:
+    x: Float[Array, "b h w c"], p: int
+) -> Float[Array, "b {p}*h {p}*w c//{p}**2"]:
     """The inverse of to_patches."""
     b, h, w, c = x.shape
-    x = x.reshape(b, h, w, p, p, c // (p * p)).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, h * p, w * p, c // (p * p))
+    x = x.reshape(b, h, w, p, p, c // p**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * p, w * p, c // p**2)
 
 
 def downsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 c"]:
