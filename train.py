@@ -55,13 +55,13 @@ def main() -> None:
         raise UserError("no --config: give one, as --config=configs/clip.py:small")
     if not WORKDIR.value:
         raise UserError("no --workdir: give a directory for this run")
-    from dalle2_jax.train import mesh
+    from dalle2_jax.train import cpu
     from dalle2_jax.train.cache import use_compilation_cache
 
     use_compilation_cache()
     config = CONFIG.value
     stages = [config[name] for name in config.get("stages", ())] or [config]
-    mesh.use_cores(math.gcd(*(s.batch_size // max(s.accumulate, 1) for s in stages)))
+    cpu.use_cores(math.gcd(*(s.batch_size // max(s.accumulate, 1) for s in stages)))
     train(config, Path(WORKDIR.value))
 
 

@@ -372,6 +372,18 @@ def test_another_shape_than_the_checkpoint_has(tmp_path):
         train(tmp_path, config, stage=wide)
 
 
+def test_a_workdir_in_which_a_run_is_at_work(tmp_path):
+    errors = []
+
+    def start_another():
+        with pytest.raises(UserError) as error:
+            train(tmp_path)
+        errors.append(str(error.value))
+
+    train(tmp_path, make_config(steps=5), make_batches(events={3: [start_another]}))
+    assert len(errors) == 1 and f"another run is at work in {tmp_path}" in errors[0]
+
+
 @pytest.mark.parametrize("workdir", ["file", "file/below", "gs://bucket/run"])
 def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch, workdir):
     monkeypatch.chdir(tmp_path)

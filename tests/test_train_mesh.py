@@ -10,22 +10,6 @@ from dalle2_jax.train import mesh
 
 
 @pytest.mark.parametrize(
-    "rows, cores, devices",
-    [
-        (64, 2, 2),
-        (64, 6, 4),  # as many as divide the batch
-        (64, 100, 8),  # with eight rows each
-        (15, 2, 1),
-        (17, 2, 1),
-        (0, 2, 1),
-        (-64, 2, 1),
-    ],
-)
-def test_core_devices(rows, cores, devices):
-    assert mesh.core_devices(rows, cores) == devices
-
-
-@pytest.mark.parametrize(
     "options, shape",
     [
         ({}, (8, 1)),

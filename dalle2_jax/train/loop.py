@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
+from dalle2_jax.train import cpu, optim
 from dalle2_jax.train import mesh as meshes
-from dalle2_jax.train import optim
 from dalle2_jax.train.log import Log
 
 # Makes the batches from a given step on, each a dict of this process's rows.
@@ -74,6 +75,7 @@ def train(
     _check_batch_size(config, mesh)
     saved_config = json.loads(json.dumps(config.to_dict()))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone(workdir))
         stack.enter_context(jax.set_mesh(mesh))
         run = stack.enter_context(checkpoint.Run(workdir / "checkpoints", config.keep))
         interrupted = stack.enter_context(_interruption(run))
@@ -124,6 +126,7 @@ def train(
             make_update(stage.loss, optimizer, step_key, config.ema_decay),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
+            compiler_options=cpu.compiler_options(),
         )
         metrics = jax.jit(stage.metrics, out_shardings=everywhere)
         preview = jax.jit(stage.preview, out_shardings=everywhere)
@@ -321,6 +324,25 @@ def _make_workdir(workdir: str | os.PathLike) -> Path:
             f"can't write to workdir {workdir}: {error.strerror}"
         ) from error
     return workdir
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the workdir, where they would spoil each other's files.
+
+    The system ends the lock with the process, however that ends.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+    try:
+        with filelock.FileLock(workdir / ".lock", blocking=False):
+            yield
+    except filelock.Timeout as error:
+        raise UserError(
+            f"another run is at work in {workdir}: wait for its end, or give another "
+            "workdir"
+        ) from error
 
 
 def _check_batch_size(config: Any, mesh: Mesh) -> None:

@@ -5,7 +5,6 @@ A batch is split over both axes. Params and the optimiser's state are replicated
 With fsdp=1 this is plain data parallelism, one program per device, as `pmap` has it.
 """
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,31 +16,6 @@ from jax.sharding import PartitionSpec as P
 from dalle2_jax.errors import UserError
 
 AXES = ("data", "fsdp")
-LEAST_ROWS = 8  # of a batch for a CPU core to be worth a device of its own
-
-
-def use_cores(rows: int) -> None:
-    """Makes a device of each CPU core; to be called before JAX is first used.
-
-    XLA runs a small network's step on little more than one core for each device. Where
-    there are GPUs or TPUs, they are used all the same. A number that
-    JAX_NUM_CPU_DEVICES or XLA_FLAGS gives is kept.
-
-    Args:
-        rows: of a batch, which the devices share.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in flags:
-        return
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores we may use
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", core_devices(rows, cores))
-
-
-def core_devices(rows: int, cores: int) -> int:
-    """The most of the cores that share rows evenly, with `LEAST_ROWS` each."""
-    most = min(cores, rows // LEAST_ROWS)
-    return next((n for n in range(most, 1, -1) if rows % n == 0), 1)
 
 
 def make(data: int = -1, fsdp: int = 1) -> Mesh:

@@ -1,0 +1,60 @@
+"""What the CPU is told before training."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from dalle2_jax.train import cpu
+
+
+@pytest.mark.parametrize(
+    "rows, cores, devices",
+    [
+        (64, 2, 2),
+        (64, 6, 4),  # as many as divide the batch
+        (64, 100, 8),  # with eight rows each
+        (15, 2, 1),
+        (17, 2, 1),
+        (0, 2, 1),
+        (-64, 2, 1),
+    ],
+)
+def test_core_devices(rows, cores, devices):
+    assert cpu.core_devices(rows, cores) == devices
+
+
+@pytest.mark.parametrize(
+    "variables, devices",
+    [
+        ({}, cpu.core_devices(64, cpu.count_cores())),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ],
+)
+def test_use_cores_keeps_what_the_user_says(variables, devices):
+    code = "from dalle2_jax.train import cpu; cpu.use_cores(64); import jax; "
+    run = subprocess.run(
+        [sys.executable, "-c", code + "print(jax.device_count())"],
+        env={**os.environ, "XLA_FLAGS": "", **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout == f"{devices}\n", run.stderr
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="measured on JAX 0.10")
+def test_the_compiler_options_are_known():
+    assert cpu.compiler_options() == cpu.OPTIONS
+
+
+def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch):
+    monkeypatch.setattr(cpu, "OPTIONS", {"xla_cpu_of_another_version": "1"})
+    assert cpu.compiler_options() is None
+
+
+def test_there_are_none_for_other_backends(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert cpu.compiler_options() is None
