@@ -50,7 +50,7 @@ SIZES = {
         ),
         "text_encoder": None,
         "context_width": 128,
-        "loop": dict(steps=6000, batch_size=32),
+        "loop": dict(steps=5000, batch_size=32),
         "optim": dict(warmup=200),
         "diffusion": dict(predict="x0", variance="fixed_small"),
         "sampling": dict(steps=25, guidance=1.5),

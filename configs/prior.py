@@ -21,8 +21,8 @@ SIZES = {
         "sampling": dict(steps=4, guidance=2.0),
     },
     "small": {
-        "net": dict(width=192, layers=4, heads=6),
-        "loop": dict(steps=5000, batch_size=64),
+        "net": dict(width=128, layers=4, heads=4),
+        "loop": dict(steps=1200, batch_size=64),
         "optim": dict(warmup=200),
         "statistics_examples": 8192,
         "sampling": dict(steps=25, guidance=1.0),

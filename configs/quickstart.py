@@ -15,7 +15,7 @@ from configs.common import row
 STAGES = {"clip": clip, "prior": prior, "decoder": decoder, "upsampler": upsampler}
 STEPS = {
     "tiny": dict(clip=8, prior=8, decoder=8, upsampler=8),
-    "small": dict(clip=300, prior=400, decoder=700, upsampler=150),
+    "small": dict(clip=900, prior=300, decoder=900, upsampler=300),
 }
 
 
