@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from dalle2_jax.train import cpu
@@ -43,18 +42,3 @@ def test_use_cores_keeps_what_the_user_says(variables, devices):
         text=True,
     )
     assert run.stdout == f"{devices}\n", run.stderr
-
-
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="measured on JAX 0.10")
-def test_the_compiler_options_are_known():
-    assert cpu.compiler_options() == cpu.OPTIONS
-
-
-def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch):
-    monkeypatch.setattr(cpu, "OPTIONS", {"xla_cpu_of_another_version": "1"})
-    assert cpu.compiler_options() is None
-
-
-def test_there_are_none_for_other_backends(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert cpu.compiler_options() is None

@@ -1,14 +1,10 @@
-"""Training on a CPU: a device for each core, and the quicker of XLA's convolutions."""
+"""Training on a CPU: a device for each core."""
 
 import os
 
 import jax
 
 LEAST_ROWS = 8  # of a batch for a core to be worth a device of its own
-
-# Of XLA's newer kernels (YNNPACK) only the reductions: in JAX 0.10 the gradient of a
-# small convolution takes twice as long with them as with the older ones.
-OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 
 def use_cores(rows: int) -> None:
@@ -37,14 +33,3 @@ def core_devices(rows: int, cores: int) -> int:
     """The most of the cores that share rows evenly, with `LEAST_ROWS` each."""
     most = min(cores, rows // LEAST_ROWS)
     return next((n for n in range(most, 1, -1) if rows % n == 0), 1)
-
-
-def compiler_options() -> dict[str, str] | None:
-    """For `jax.jit` of a training step; None where they don't apply."""
-    if jax.default_backend() != "cpu":
-        return None
-    try:
-        jax.jit(lambda: 0, compiler_options=OPTIONS).lower().compile()
-    except jax.errors.JaxRuntimeError:  # a version of XLA that doesn't know them
-        return None
-    return OPTIONS
