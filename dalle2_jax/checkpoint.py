@@ -102,7 +102,7 @@ def load(directory: str | Path) -> Export:
             "(train.py leaves one in WORKDIR/model)"
         )
     try:
-        config = json.loads(path.read_text())
+        config = _tuples(json.loads(path.read_text()))
         version, names = config["format"], list(config["parts"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -305,6 +305,13 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is truncated or damaged ({error}): copy or export it again"
         ) from error
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were in the config."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
+from flax.core import FrozenDict, freeze
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import checkpoint
@@ -120,7 +120,7 @@ def require(model: Model, *names: str) -> None:
 def _part(
     name: str, section: Mapping[str, Any], params: Any, mesh: Mesh, path: str | Path
 ) -> Part:
-    network = _NETWORKS.get(name, UNet)(**_hashable(section["net"]))
+    network = _NETWORKS.get(name, UNet)(**freeze(section["net"]))
     abstract = jax.eval_shape(
         lambda: network.init(jax.random.key(0), *network.example())["params"]
     )
@@ -129,15 +129,8 @@ def _part(
     return Part(
         network=network,
         params=jax.device_put(params, NamedSharding(mesh, PartitionSpec())),
-        diffusion=FrozenDict(_hashable(section.get("diffusion", {}))),
-        sampling=FrozenDict(_hashable(section.get("sampling", {}))),
+        diffusion=freeze(section.get("diffusion", {})),
+        sampling=freeze(section.get("sampling", {})),
         size=section.get("size"),
         low_size=section.get("low_size"),
     )
-
-
-def _hashable(value: Any) -> Any:
-    """JSON's lists as tuples, so that a config can be a static argument of jit."""
-    if isinstance(value, Mapping):
-        return FrozenDict({key: _hashable(item) for key, item in value.items()})
-    return tuple(map(_hashable, value)) if isinstance(value, list) else value
