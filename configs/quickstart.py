@@ -3,8 +3,8 @@
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
     python sample.py --model=runs/quickstart/model --prompt="a large red circle"
 
-The rows `small` of the stages' configs, with fewer steps: at most 20 minutes on two
-CPU cores. `quickstart.py:tiny` is for tests.
+The rows `small` of the stages' configs, with fewer steps. `quickstart.py:tiny` is for
+tests.
 """
 
 from ml_collections import ConfigDict
