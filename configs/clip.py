@@ -39,8 +39,7 @@ SIZES = {
             vision_width=128,
             vision_layers=3,
             vision_heads=4,
-            # After 11,000 pictures of `shapes` it names 0.37 of the shapes rightly;
-            # without a stem 0.22 after 13,000, which is chance.
+            # Learns shapes from far fewer pictures than patches of raw pixels do.
             vision_stem=(16, 32, 64, 128),
             context_length=24,
             text_width=128,
