@@ -52,6 +52,7 @@ def common(stage: str) -> ConfigDict:
     config.data.tfds.data_dir = placeholder(str)
 
     config.optim = ConfigDict()
+    config.optim.name = "adamw"  # or muon
     config.optim.learning_rate = 1e-3
     config.optim.schedule = "cosine"  # constant, cosine or linear
     config.optim.warmup = 100
@@ -67,7 +68,13 @@ def common(stage: str) -> ConfigDict:
     return config
 
 
-def diffusion(predict: str, variance: str, schedule: str = "cosine") -> ConfigDict:
+def diffusion(
+    predict: str,
+    variance: str,
+    schedule: str = "cosine",
+    min_snr_gamma: float | None = None,
+    snr_floor: float | None = None,
+) -> ConfigDict:
     """How a network is trained to denoise; see dalle2_jax/diffusion/generate.py."""
     section = ConfigDict()
     section.schedule = schedule
@@ -75,6 +82,9 @@ def diffusion(predict: str, variance: str, schedule: str = "cosine") -> ConfigDi
     section.predict = predict
     section.variance = variance
     section.min_snr_gamma = placeholder(float)
+    section.min_snr_gamma = min_snr_gamma
+    section.snr_floor = placeholder(float)
+    section.snr_floor = snr_floor
     return section
 
 

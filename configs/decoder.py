@@ -50,10 +50,12 @@ SIZES = {
         ),
         "text_encoder": None,
         "context_width": 128,
-        "loop": dict(steps=5000, batch_size=32),
-        "optim": dict(warmup=200),
-        "diffusion": dict(predict="x0", variance="fixed_small"),
-        "sampling": dict(steps=25, guidance=1.5),
+        "loop": dict(steps=7000, batch_size=32),
+        "optim": dict(name="muon", warmup=200),
+        "diffusion": dict(
+            predict="x0", variance="fixed_small", min_snr_gamma=5.0, snr_floor=1.0
+        ),
+        "sampling": dict(steps=25, guidance=1.0),
         "drop_caption": 0.3,
     },
     "paper": {

@@ -147,9 +147,11 @@ def test_loss_of_embeddings():
 
 
 @pytest.mark.parametrize("predict", PREDICTS)
-def test_min_snr_weighs_the_error_of_x0(predict):
-    # Hang et al. 2023: whatever is predicted, the loss is min(snr, 5) |x0 error|^2.
-    x0, eps, gamma = normal(0), normal(1), 5.0
+@pytest.mark.parametrize("low, high", [(None, 5.0), (1.0, None), (1.0, 5.0)])
+def test_the_error_of_x0_is_weighed_by_the_snr_within_limits(predict, low, high):
+    # Whatever is predicted: min(snr, 5) (Hang et al. 2023), max(snr, 1) (Salimans and
+    # Ho 2022), or both.
+    x0, eps = normal(0), normal(1)
     i = np.array([1, 10, 200, 300, 500, 700, 900])
     signal, noise = scales(FULL, i)
     x_t = diffused(FULL, i, x0, eps)
@@ -164,9 +166,11 @@ def test_min_snr_weighs_the_error_of_x0(predict):
         i,
         predict=predict,
         variance="fixed_small",
-        min_snr_gamma=gamma,
+        min_snr_gamma=high,
+        snr_floor=low,
     )
-    weight = np.minimum(FULL.alpha_bar[i] / (1 - FULL.alpha_bar[i]), gamma)
+    snr = FULL.alpha_bar[i] / (1 - FULL.alpha_bar[i])
+    weight = np.minimum(np.maximum(snr, low or 0), high or np.inf)
     np.testing.assert_allclose(
         found, weight * np.square(error).mean((1, 2, 3)), rtol=1e-3
     )

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from dalle2_jax import checkpoint
+from dalle2_jax.diffusion import schedule
 from dalle2_jax.errors import UserError
 from dalle2_jax.stages import stage as shared
 from tests.tiny import make_stage
@@ -18,6 +19,25 @@ def test_dropped_captions_become_the_empty_one():
     tokens, empty = jnp.arange(6).reshape(3, 2), jnp.asarray([9, 9])
     dropped = shared.drop_caption(tokens, empty, jnp.asarray([False, True, False]))
     np.testing.assert_array_equal(dropped, [[0, 1], [9, 9], [4, 5]])
+
+
+def test_the_timesteps_of_a_batch_are_spread_evenly():
+    """Eight of them: one in each eighth of the schedule, from a start by chance."""
+    table, firsts = schedule.make("cosine", 1000), []
+    settings = dict(predict="x0", variance="fixed_small")
+    settings |= dict(min_snr_gamma=None, snr_floor=None)
+    for seed in range(20):
+        seen = []
+
+        def apply(x, t, seen=seen):
+            seen.append(np.sort(np.asarray(t)))
+            return jnp.zeros_like(x)
+
+        x0 = jnp.zeros((8, 2))
+        shared.denoising_loss(apply, table, x0, jax.random.key(seed), settings)
+        np.testing.assert_allclose(np.diff(seen[0]), 125, atol=1)
+        firsts.append(seen[0][0])
+    assert min(firsts) < 30 and max(firsts) > 95
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -66,10 +66,46 @@ def test_adam_is_given_its_constants():
     np.testing.assert_allclose(updates, -0.1 * mu / (jnp.sqrt(nu) + 1e-3), rtol=1e-5)
 
 
+def test_muon_makes_the_update_of_a_kernel_orthogonal():
+    """In the frame of the gradient's singular vectors it is near the identity."""
+    grad = np.random.default_rng(0).standard_normal((3, 3, 4, 8)).astype(np.float32)
+    tree = {"conv": {"kernel": jnp.asarray(grad)}}
+    update = first_updates(tree, tree, name="muon")["conv"]["kernel"]
+    u, _, vt = np.linalg.svd(grad.reshape(36, 8), full_matrices=False)
+    found = u.T @ np.asarray(update).reshape(36, 8) @ vt.T
+    # 1/sqrt(36) would be the root mean square of an orthogonal matrix's entries.
+    diagonal = -np.diag(found) / (0.1 * np.sqrt(36))
+    assert diagonal.min() > 0.65 and diagonal.max() < 1.25  # Muon's polynomial
+    assert np.abs(found + np.diag(diagonal) * 0.1 * 6).max() < 1e-4
+
+
+def test_muon_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    grads = {
+        "conv_in": {"kernel": jnp.asarray(rng.standard_normal((3, 3, 3, 8)))},
+        "dense": {"bias": jnp.asarray(rng.standard_normal(8))},
+        "embed": {"embedding": jnp.asarray(rng.standard_normal((5, 8)))},
+    }
+    updates = first_updates(grads, grads, name="muon", b1=0.9)
+    # Adam's first step, with Nesterov's look-ahead, is as long for every entry.
+    for grad, update in zip(*map(jax.tree.leaves, (grads, updates)), strict=True):
+        length = 0.1 * (1 + 0.9 / 1.9)
+        np.testing.assert_allclose(update, -length * np.sign(grad), rtol=1e-4)
+
+
+def test_muon_decays_kernels_only():
+    params = {"dense": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates = first_updates(params, zeros, name="muon", weight_decay=0.5)["dense"]
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 3.0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"schedule": "cosin"}, "'cosin': it must be one of constant, cosine, linear"),
+        ({"name": "adam"}, "optim.name is 'adam': it must be one of adamw, muon"),
         ({"learning_rate": -1.0}, "optim.learning_rate is -1.0"),
         ({"warmup": -1}, "optim.warmup is -1"),
         ({"clip_norm": -1.0}, "optim.clip_norm is -1.0"),

@@ -127,6 +127,7 @@ def loss(
     predict: str,
     variance: str,
     min_snr_gamma: float | int | None = None,
+    snr_floor: float | int | None = None,
 ) -> Float[Array, " b"]:
     """The training loss of each example, float32.
 
@@ -142,8 +143,10 @@ def loss(
       x_t: `q_sample(schedule, x0, i, eps)`.
       eps: standard normal noise.
       i: level of each example.
-      min_snr_gamma: caps the squared error's weight, in terms of x0, at this
-        signal-to-noise ratio (Hang et al. 2023; 5 is theirs). None: no weights.
+      min_snr_gamma: caps the squared error's weight, which in terms of x0 is the
+        signal-to-noise ratio, at this value (Hang et al. 2023; 5 is theirs).
+      snr_floor: raises that weight to this value (Salimans and Ho 2022; 1 is theirs).
+        With neither of them there are no weights.
 
     Raises:
       UserError: `predict` or `variance` is unknown.
@@ -156,8 +159,9 @@ def loss(
             f" {variance!r}; only learned_range takes twice the channels"
         )
     error = _mean(jnp.square(prediction - target(schedule, predict, x0, eps, i)))
-    if min_snr_gamma is not None:
-        error *= at(_min_snr(schedule, predict, min_snr_gamma), i, error)
+    if min_snr_gamma is not None or snr_floor is not None:
+        weight = _snr_weight(schedule, predict, snr_floor, min_snr_gamma)
+        error *= at(weight, i, error)
     if v is None:
         return error
     frozen = to_x0(schedule, predict, jax.lax.stop_gradient(prediction), x_t, i)
@@ -203,13 +207,16 @@ def _log_likelihood(x: X, mean: X, log_sigma: X) -> X:
     return jnp.where(jnp.abs(x) > 0.999, outer, inner)
 
 
-def _min_snr(
-    schedule: Schedule, predict: str, gamma: float | int
+def _snr_weight(
+    schedule: Schedule,
+    predict: str,
+    low: float | int | None,
+    high: float | int | None,
 ) -> Float[np.ndarray, " n"]:
-    """Weights that make the squared error min(snr, gamma) times that of x0."""
+    """Weights that make the squared error that of x0 times the SNR, within limits."""
     snr = schedule.snr
     of_x0 = {"eps": snr, "x0": 1, "v": snr + 1}
-    return np.minimum(snr, gamma) / of_x0[predict]
+    return np.clip(snr, low, high) / of_x0[predict]
 
 
 def _scales(schedule: Schedule, i: Index, x: X) -> tuple[X, X]:
