@@ -55,7 +55,7 @@ SIZES = {
         "diffusion": dict(
             predict="x0", variance="fixed_small", min_snr_gamma=5.0, snr_floor=1.0
         ),
-        "sampling": dict(steps=25, guidance=1.0),
+        "sampling": dict(steps=50, guidance=2.0),
         "drop_caption": 0.3,
     },
     "paper": {
