@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.nn.conv import Conv
 from dalle2_jax.nn.layers import (
     GroupNorm,
     attention,
@@ -48,7 +47,7 @@ class ResBlock(nn.Module):
         self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], train: bool
     ) -> Float[Array, "b h2 w2 c2"]:
         def conv(size: int, name: str, **options: Any) -> nn.Conv:
-            return Conv(
+            return nn.Conv(
                 self.channels, (size, size), dtype=self.dtype, name=name, **options
             )
 
@@ -211,7 +210,7 @@ class UNet(nn.Module):
             embedding = embedding + vector.astype(self.dtype)
 
         last = len(self.multipliers) - 1
-        x = Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(
+        x = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(
             to_patches(x.astype(self.dtype), self.patch_size)
         )
         skips = [x]
@@ -242,7 +241,7 @@ class UNet(nn.Module):
                 x = res(x, channels, f"up_{level}_upsample", "up")
 
         x = nn.silu(GroupNorm(self.groups, name="norm_out")(x))
-        x = Conv(
+        x = nn.Conv(
             self.out_channels * self.patch_size**2,
             (3, 3),
             dtype=self.dtype,
