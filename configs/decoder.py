@@ -30,8 +30,10 @@ SIZES = {
         "text_encoder": dict(width=32, layers=1, heads=2),
         "context_width": 32,
         "loop": dict(steps=20, batch_size=16, log_every=5, eval_batches=1),
-        "optim": dict(warmup=5),
-        "diffusion": dict(predict="x0", variance="fixed_small"),
+        "optim": dict(name="muon", warmup=5),
+        "diffusion": dict(
+            predict="x0", variance="fixed_small", min_snr_gamma=5.0, snr_floor=1.0
+        ),
         "sampling": dict(steps=4, guidance=2.0),
         "drop_caption": 0.5,
     },

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
 from dalle2_jax.errors import UserError
 
@@ -36,7 +35,7 @@ def make(
     Muon (Jordan et al. 2024) makes the update of a kernel orthogonal, with the kernel
     seen as a matrix from its inputs to its outputs. Its entries are as large as Adam's
     (root mean square 1, times the learning rate), so that one learning rate serves
-    both. What is not a kernel, and what reads or writes pixels, is left to AdamW.
+    both. AdamW is left what is not a kernel, and a U-Net's first and last convolution.
 
     Args:
         steps: length of the run, over which the schedule falls.
