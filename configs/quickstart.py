@@ -1,7 +1,10 @@
-"""All stages in order, small and short, on `shapes`: from nothing to a model.
+"""All stages in order, small and short: from nothing to a model.
 
     python train.py --config=configs/quickstart.py --workdir=runs/quickstart
     python sample.py --model=runs/quickstart/model --prompt="a large red circle"
+
+It trains on `shapes`; --config.data.source=… and --config.data.path=… give every stage
+other pictures.
 
 The rows `small` of the stages' configs, with fewer steps. `quickstart.py:tiny` is for
 tests.
@@ -24,8 +27,12 @@ def get_config(size: str = "small") -> ConfigDict:
     steps = row(STEPS, size, "quickstart")
     config = ConfigDict()
     config.stages = tuple(STAGES)
+    config.data = ConfigDict(dict(source="shapes", path=""))
     for name, module in STAGES.items():
         config[name] = module.get_config(size)
         config[name].steps = steps[name]
+        config[name].data.update(
+            source=config.data.get_ref("source"), path=config.data.get_ref("path")
+        )
         config[name].optim.warmup = min(config[name].optim.warmup, steps[name] // 5)
     return config
