@@ -73,7 +73,8 @@ def diffusion(
     variance: str,
     schedule: str = "cosine",
     min_snr_gamma: float | None = None,
-    snr_floor: float | None = None,
+    snr_power: float | None = None,
+    logit_normal: tuple[float, float] | None = None,
 ) -> ConfigDict:
     """How a network is trained to denoise; see dalle2_jax/diffusion/generate.py."""
     section = ConfigDict()
@@ -83,8 +84,10 @@ def diffusion(
     section.variance = variance
     section.min_snr_gamma = placeholder(float)
     section.min_snr_gamma = min_snr_gamma
-    section.snr_floor = placeholder(float)
-    section.snr_floor = snr_floor
+    section.snr_power = placeholder(float)
+    section.snr_power = snr_power
+    section.logit_normal = placeholder(tuple)
+    section.logit_normal = logit_normal
     return section
 
 

@@ -32,7 +32,12 @@ SIZES = {
         "loop": dict(steps=20, batch_size=16, log_every=5, eval_batches=1),
         "optim": dict(name="muon", warmup=5),
         "diffusion": dict(
-            predict="x0", variance="fixed_small", min_snr_gamma=5.0, snr_floor=1.0
+            predict="x0",
+            variance="fixed_small",
+            min_snr_gamma=2.5,
+            snr_power=0.5,
+            # Where the shape of things is decided.
+            logit_normal=(0.8, 1.0),
         ),
         "sampling": dict(steps=4, guidance=2.0),
         "drop_caption": 0.5,
@@ -55,7 +60,12 @@ SIZES = {
         "loop": dict(steps=7000, batch_size=32),
         "optim": dict(name="muon", warmup=200),
         "diffusion": dict(
-            predict="x0", variance="fixed_small", min_snr_gamma=5.0, snr_floor=1.0
+            predict="x0",
+            variance="fixed_small",
+            min_snr_gamma=2.5,
+            snr_power=0.5,
+            # Where the shape of things is decided.
+            logit_normal=(0.8, 1.0),
         ),
         "sampling": dict(steps=50, guidance=2.0),
         "drop_caption": 0.3,

@@ -25,7 +25,7 @@ def test_the_timesteps_of_a_batch_are_spread_evenly():
     """Eight of them: one in each eighth of the schedule, from a start by chance."""
     table, firsts = schedule.make("cosine", 1000), []
     settings = dict(predict="x0", variance="fixed_small")
-    settings |= dict(min_snr_gamma=None, snr_floor=None)
+    settings |= dict(min_snr_gamma=None, snr_power=None, logit_normal=None)
     for seed in range(20):
         seen = []
 

@@ -1,8 +1,8 @@
 """A sample from a conditional network, by the settings that go with it.
 
 The settings are two sections of a config. `diffusion` says how the network was trained:
-schedule, steps, predict, variance, min_snr_gamma, snr_floor. `sampling` says how to run
-it:
+schedule, steps, predict, variance, min_snr_gamma, snr_power, logit_normal. `sampling`
+says how to run it:
 
     sampler    "ddpm", "ddim" or "dpm_solver"
     steps      how many, or which (see schedule.respace)

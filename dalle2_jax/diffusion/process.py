@@ -127,7 +127,7 @@ def loss(
     predict: str,
     variance: str,
     min_snr_gamma: float | int | None = None,
-    snr_floor: float | int | None = None,
+    snr_power: float | int | None = None,
 ) -> Float[Array, " b"]:
     """The training loss of each example, float32.
 
@@ -145,8 +145,10 @@ def loss(
       i: level of each example.
       min_snr_gamma: caps the squared error's weight, which in terms of x0 is the
         signal-to-noise ratio, at this value (Hang et al. 2023; 5 is theirs).
-      snr_floor: raises that weight to this value (Salimans and Ho 2022; 1 is theirs).
-        With neither of them there are no weights.
+      snr_power: of the signal-to-noise ratio in that weight, 1 if it alone is None;
+        0.5 is about one over the error, so that no level outweighs the others. It is
+        P2's (Choi et al. 2022) with k = 0 and gamma = 1 - snr_power. With neither of
+        the two there are no weights.
 
     Raises:
       UserError: `predict` or `variance` is unknown.
@@ -159,8 +161,8 @@ def loss(
             f" {variance!r}; only learned_range takes twice the channels"
         )
     error = _mean(jnp.square(prediction - target(schedule, predict, x0, eps, i)))
-    if min_snr_gamma is not None or snr_floor is not None:
-        weight = _snr_weight(schedule, predict, snr_floor, min_snr_gamma)
+    if min_snr_gamma is not None or snr_power is not None:
+        weight = _snr_weight(schedule, predict, snr_power, min_snr_gamma)
         error *= at(weight, i, error)
     if v is None:
         return error
@@ -210,13 +212,14 @@ def _log_likelihood(x: X, mean: X, log_sigma: X) -> X:
 def _snr_weight(
     schedule: Schedule,
     predict: str,
-    low: float | int | None,
-    high: float | int | None,
+    power: float | int | None,
+    most: float | int | None,
 ) -> Float[np.ndarray, " n"]:
-    """Weights that make the squared error that of x0 times the SNR, within limits."""
+    """Weights that make the squared error that of x0 times min(SNR^power, most)."""
     snr = schedule.snr
     of_x0 = {"eps": snr, "x0": 1, "v": snr + 1}
-    return np.clip(snr, low, high) / of_x0[predict]
+    weight = snr if power is None else snr**power
+    return np.minimum(weight, np.inf if most is None else most) / of_x0[predict]
 
 
 def _scales(schedule: Schedule, i: Index, x: X) -> tuple[X, X]:

@@ -194,7 +194,9 @@ def denoising_loss(
     """Equation 14 of DDPM (arXiv 2006.11239), each example at a random timestep.
 
     The timesteps of a batch are spread evenly, from a random start: one alone is
-    uniform, and their loss varies less (VDM, arXiv 2107.00630, appendix I.1).
+    uniform, and their loss varies less (VDM, arXiv 2107.00630, appendix I.1). Where
+    `diffusion` has a logit_normal, its mean and deviation, they are spread so that the
+    logit of timestep / steps is normal (SD3, arXiv 2403.03206, section 3.1).
 
     Args:
       apply: (x_t, timesteps) -> the network's output.
@@ -205,6 +207,9 @@ def denoising_loss(
     key_i, key_eps = jax.random.split(key)
     b = len(x0)
     where = (jnp.arange(b) / b + jax.random.uniform(key_i)) % 1
+    if diffusion["logit_normal"] is not None:
+        mean, deviation = diffusion["logit_normal"]
+        where = jax.nn.sigmoid(mean + deviation * jax.scipy.special.ndtri(where))
     i = jnp.minimum((where * table.steps).astype(jnp.int32), table.steps - 1)
     eps = jax.random.normal(key_eps, x0.shape)
     x_t = process.q_sample(table, x0, i, eps)
@@ -219,5 +224,5 @@ def denoising_loss(
         predict=diffusion["predict"],
         variance=diffusion["variance"],
         min_snr_gamma=diffusion["min_snr_gamma"],
-        snr_floor=diffusion["snr_floor"],
+        snr_power=diffusion["snr_power"],
     )
