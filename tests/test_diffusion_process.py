@@ -147,10 +147,10 @@ def test_loss_of_embeddings():
 
 
 @pytest.mark.parametrize("predict", PREDICTS)
-@pytest.mark.parametrize("low, high", [(None, 5.0), (1.0, None), (1.0, 5.0)])
-def test_the_error_of_x0_is_weighed_by_the_snr_within_limits(predict, low, high):
-    # Whatever is predicted: min(snr, 5) (Hang et al. 2023), max(snr, 1) (Salimans and
-    # Ho 2022), or both.
+@pytest.mark.parametrize("power, most", [(None, 5.0), (0.5, None), (0.5, 2.5)])
+def test_the_error_of_x0_is_weighed_by_the_snr(predict, power, most):
+    # Whatever is predicted: min(snr, 5) (Hang et al. 2023), P2's snr / (k + snr)^gamma
+    # (Choi et al. 2022) with k = 0, or both.
     x0, eps = normal(0), normal(1)
     i = np.array([1, 10, 200, 300, 500, 700, 900])
     signal, noise = scales(FULL, i)
@@ -166,11 +166,12 @@ def test_the_error_of_x0_is_weighed_by_the_snr_within_limits(predict, low, high)
         i,
         predict=predict,
         variance="fixed_small",
-        min_snr_gamma=high,
-        snr_floor=low,
+        min_snr_gamma=most,
+        snr_power=power,
     )
     snr = FULL.alpha_bar[i] / (1 - FULL.alpha_bar[i])
-    weight = np.minimum(np.maximum(snr, low or 0), high or np.inf)
+    gamma = 0 if power is None else 1 - power
+    weight = np.minimum(snr / snr**gamma, most or np.inf)
     np.testing.assert_allclose(
         found, weight * np.square(error).mean((1, 2, 3)), rtol=1e-3
     )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import special, stats
 
 from dalle2_jax import checkpoint
 from dalle2_jax.diffusion import schedule
@@ -38,6 +39,24 @@ def test_the_timesteps_of_a_batch_are_spread_evenly():
         np.testing.assert_allclose(np.diff(seen[0]), 125, atol=1)
         firsts.append(seen[0][0])
     assert min(firsts) < 30 and max(firsts) > 95
+
+
+def test_timesteps_with_a_normal_logit():
+    """Theirs is scipy's distribution function, to within the even spread of a batch."""
+    table, seen = schedule.make("cosine", 1000), []
+    settings = dict(predict="x0", variance="fixed_small")
+    settings |= dict(min_snr_gamma=None, snr_power=None, logit_normal=(0.8, 1.0))
+
+    def apply(x, t):
+        seen.append(np.asarray(t))
+        return jnp.zeros_like(x)
+
+    x0 = jnp.zeros((4000, 2))
+    shared.denoising_loss(apply, table, x0, jax.random.key(0), settings)
+    for t in (100, 300, 500, 700, 900):
+        expected = stats.norm(0.8, 1).cdf(special.logit(t / 1000))
+        np.testing.assert_allclose((seen[0] < t).mean(), expected, atol=1 / 4000)
+    assert 0 <= seen[0].min() and seen[0].max() <= 999
 
 
 @pytest.mark.parametrize("name", NAMES)
