@@ -47,6 +47,7 @@ class VisionTower(nn.Module):
     layers: int
     heads: int
     stem: tuple[int, ...] = ()
+    mlp_width: int | None = None
     activation: str = "gelu"
     remat: bool = False
     dtype: DTypeLike = jnp.float32
@@ -82,6 +83,7 @@ class VisionTower(nn.Module):
             self.activation,
             self.remat,
             self.dtype,
+            self.mlp_width,
             name="transformer",
         )(x)
         x = LayerNorm(name="ln_post")(x[:, 0])
@@ -150,6 +152,7 @@ class CLIP(nn.Module):
       image_size, patch_size: side of the input picture and of one patch, in pixels.
       vision_width, vision_layers, vision_heads: the image transformer.
       vision_stem: channels of the convolutions before it; () for none (the paper).
+      vision_mlp_width: of its MLPs; None for four times its width.
       vocab_size, context_length: of the tokenizer; ``eot`` is its end-of-text id.
       text_width, text_layers, text_heads: the text transformer.
       activation: "gelu" (exact) or "quick_gelu" (OpenAI's weights).
@@ -168,6 +171,7 @@ class CLIP(nn.Module):
     text_heads: int
     eot: int
     vision_stem: tuple[int, ...] = ()
+    vision_mlp_width: int | None = None
     activation: str = "gelu"
     remat: bool = False
     dtype: DTypeLike = jnp.float32
@@ -186,6 +190,7 @@ class CLIP(nn.Module):
             layers=self.vision_layers,
             heads=self.vision_heads,
             stem=self.vision_stem,
+            mlp_width=self.vision_mlp_width,
             **shared,
         )
         self.text = TextTower(

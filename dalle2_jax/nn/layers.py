@@ -113,11 +113,15 @@ class GroupNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+    """A pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x)).
+
+    The MLP is ``mlp_width`` wide, or four times the block's width.
+    """
 
     heads: int
     activation: str = "gelu"
     dtype: DTypeLike = jnp.float32
+    mlp_width: int | None = None
 
     @nn.compact
     def __call__(
@@ -131,7 +135,7 @@ class Block(nn.Module):
         qkv = dense(3 * c, "qkv")(LayerNorm(name="ln_1")(x))
         q, k, v = jnp.split(qkv.reshape(b, t, 3 * self.heads, -1), 3, axis=2)
         x = x + dense(c, "out")(attention(q, k, v, mask).reshape(b, t, c))
-        h = dense(4 * c, "mlp_in")(LayerNorm(name="ln_2")(x))
+        h = dense(self.mlp_width or 4 * c, "mlp_in")(LayerNorm(name="ln_2")(x))
         return x + dense(c, "mlp_out")(ACTIVATIONS[self.activation](h))
 
 
@@ -143,6 +147,7 @@ class Transformer(nn.Module):
     activation: str = "gelu"
     remat: bool = False
     dtype: DTypeLike = jnp.float32
+    mlp_width: int | None = None
 
     @nn.compact
     def __call__(
@@ -151,7 +156,9 @@ class Transformer(nn.Module):
         block = nn.remat(Block) if self.remat else Block
         for i in range(self.layers):
             name = f"block_{i}"
-            x = block(self.heads, self.activation, self.dtype, name=name)(x, mask)
+            x = block(
+                self.heads, self.activation, self.dtype, self.mlp_width, name=name
+            )(x, mask)
         return x
 
 

@@ -1,0 +1,1 @@
+"""The weights of other implementations, both ways."""
