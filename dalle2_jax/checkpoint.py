@@ -142,8 +142,8 @@ def check(params: Any, abstract: Any, where: str | Path) -> None:
         ],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{k}: {listed(v)}" for k, v in problems.items() if v)
-        raise UserError(f"{where} does not fit this config: {listed}")
+        found = "; ".join(f"{k}: {listed(v)}" for k, v in problems.items() if v)
+        raise UserError(f"{where} does not fit this config: {found}")
 
 
 class Run:
