@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dalle2_jax import stages
+from dalle2_jax.convert import table
 from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.diffusion import schedule
 from dalle2_jax.errors import UserError
@@ -62,7 +63,7 @@ def params(stage, size):
             model = Decoder(**stages.decoder.network(config, clip_net(size)))
         case "upsampler":
             model = UNet(**config.net)
-    return peer.abstract(model)
+    return table.abstract(model)
 
 
 def test_the_table_has_every_size():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax.convert.openai_clip import clip_table
 from dalle2_jax.nn.clip import CLIP
 from tests.golden import peer
 
@@ -38,9 +39,8 @@ def both(params, image, tokens, activation="gelu", remat=False, dtype=jnp.float3
 
 def assert_answers_as(arrays, activation):
     weights, inputs, outputs = peer.unpack(arrays)
-    params = peer.clip(weights, depth=2)
+    params = peer.params(clip_table(CLIP(**TINY)), CLIP(**TINY), weights)
     peer.assert_fits(CLIP(**TINY), params)
-    assert peer.size(params) == peer.size(weights)
     z_image, z_text, temperature, caption = both(
         params,
         inputs["image"].transpose(0, 2, 3, 1),
@@ -74,7 +74,7 @@ def test_answers_as_transformers(activation):
 @pytest.fixture(scope="module")
 def params():
     weights, *_ = peer.unpack(peer.load("clip"))
-    return peer.clip(weights, depth=2)
+    return peer.params(clip_table(CLIP(**TINY)), CLIP(**TINY), weights)
 
 
 IMAGE = jnp.linspace(-2, 2, 12 * 12 * 3).reshape(1, 12, 12, 3)

@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax.convert import karlo as convert
+from dalle2_jax.convert import table
 from dalle2_jax.nn.clip import Caption
 from dalle2_jax.nn.decoder import Decoder
+from dalle2_jax.nn.unet import UNet
 from tests.golden import peer
 
 KARLO = dict(
@@ -57,8 +60,8 @@ PAPER = dict(
 def karlo():
     """Params, arguments and the peer's outputs; the first picture has no z_image."""
     weights, inputs, outputs = peer.unpack(peer.load("decoder"))
-    params = peer.decoder(weights, levels=3, blocks=1)
-    assert peer.size(params) == peer.size(weights)
+    names = convert.decoder_table(UNet(**KARLO["unet"]))
+    params = peer.params(names, Decoder(**KARLO), weights)
     mask = inputs["text_mask"]
     caption = Caption(
         jnp.zeros(mask.shape, jnp.int32),
@@ -131,7 +134,7 @@ def test_karlos_decoder_has_its_parameter_count():
         text_width=768,
         context_width=1536,
     )
-    params = peer.abstract(karlo)
+    params = table.abstract(karlo)
     assert peer.size(params.pop("net")) == 885_439_686
     assert peer.size(params) == 7_878_400
 
@@ -146,7 +149,7 @@ def paper():
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda s: jnp.asarray(rng.normal(size=s.shape) / 3, s.dtype),
-        peer.abstract(model),
+        table.abstract(model),
     )
 
     def normal(*shape):

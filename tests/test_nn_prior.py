@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax.convert import karlo, table
 from dalle2_jax.nn.prior import DiffusionPrior
 from tests.golden import peer
 
@@ -34,16 +35,18 @@ def golden():
 
 @pytest.fixture(scope="module")
 def params(golden):
-    return peer.prior(golden[0], depth=2)
+    return peer.params(
+        karlo.prior_table(layers=2),
+        DiffusionPrior(**TINY),
+        golden[0],
+        leading=karlo.PRIOR_LEADING,
+        ignore=karlo.PRIOR_STATISTICS,
+    )
 
 
 def test_answers_as_diffusers_did(golden, params):
-    weights, arguments, expected = golden
+    _, arguments, expected = golden
     peer.assert_fits(DiffusionPrior(**TINY), params)
-    statistics = "clip_mean", "clip_std"  # of the data, kept elsewhere
-    assert peer.size(params) == sum(
-        x.size for name, x in weights.items() if name not in statistics
-    )
     peer.assert_close(predict(params, *arguments), expected, 1e-5)
 
 
@@ -89,10 +92,10 @@ def test_remat_is_in_every_block(golden, params):
 
 
 def test_karlos_prior_has_its_parameter_count():
-    karlo = dict(
+    options = dict(
         clip_dim=768, context_length=77, text_width=768, width=2048, layers=20, heads=32
     )
-    assert peer.size(peer.abstract(DiffusionPrior(**karlo))) == 1_022_028_544
+    assert peer.size(table.abstract(DiffusionPrior(**options))) == 1_022_028_544
 
 
 @pytest.mark.parity

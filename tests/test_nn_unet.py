@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle2_jax.convert import karlo, table
+from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.layers import from_patches, to_patches
 from dalle2_jax.nn.unet import UNet
 from tests.golden import peer
@@ -36,9 +38,9 @@ def channels_last(x):
 def decoder():
     """Params, arguments and output of Karlo's decoder's U-Net."""
     weights, inputs, outputs = peer.unpack(peer.load("decoder"))
-    weights = peer.below(weights, "decoder.")
-    params = peer.unet(weights, levels=3, blocks=1)
-    assert peer.size(params) == peer.size(weights)
+    whole = Decoder(DECODER, 10, context_length=5, text_width=10, context_width=12)
+    names = karlo.decoder_table(UNet(**DECODER))
+    params = peer.params(names, whole, weights)["net"]
     mask = jnp.pad(inputs["text_mask"], ((0, 0), (4, 0)), constant_values=True)
     arguments = [
         channels_last(inputs["sample"]),
@@ -54,8 +56,8 @@ def decoder():
 def upsampler():
     """Params, arguments and output of Karlo's super-resolution network."""
     weights, inputs, outputs = peer.unpack(peer.load("upsampler"))
-    params = peer.unet(weights, levels=3, blocks=2)
-    assert peer.size(params) == peer.size(weights)
+    model = UNet(**UPSAMPLER)
+    params = peer.params(karlo.unet_table(model), model, weights)
     arguments = [channels_last(inputs["sample"]), inputs["timestep"]]
     return params, arguments, channels_last(outputs["sample"])
 
@@ -147,7 +149,7 @@ def test_remat_changes_neither_output_nor_gradient():
         return jnp.asarray(rng.normal(size=shape) / 3, jnp.float32)
 
     x, t = normal((1, 4, 4, 3)), jnp.ones(1)
-    params = jax.tree.map(lambda s: normal(s.shape), peer.abstract(UNet(**tiny)))
+    params = jax.tree.map(lambda s: normal(s.shape), table.abstract(UNet(**tiny)))
 
     @jax.jit
     def outcomes(params):
@@ -177,9 +179,9 @@ def test_remat_is_in_every_block(decoder):
 
 
 def test_karlos_upsampler_has_its_parameter_count():
-    karlo = dict(channels=320, multipliers=(1, 2, 3, 4), blocks=3)
-    model = UNet(**karlo, in_channels=6, out_channels=3, scale_shift=False)
-    assert peer.size(peer.abstract(model)) == 691_579_523
+    options = dict(channels=320, multipliers=(1, 2, 3, 4), blocks=3)
+    model = UNet(**options, in_channels=6, out_channels=3, scale_shift=False)
+    assert peer.size(table.abstract(model)) == 691_579_523
 
 
 def test_patches_are_the_channels_of_a_smaller_picture():
@@ -188,8 +190,8 @@ def test_patches_are_the_channels_of_a_smaller_picture():
     options = TINY | dict(blocks=1)
     patched = UNet(**options, in_channels=3, out_channels=6, patch_size=2)
     plain = UNet(**options, in_channels=12, out_channels=24)
-    shapes = peer.abstract(patched)
-    assert shapes == peer.abstract(plain)
+    shapes = table.abstract(patched)
+    assert shapes == table.abstract(plain)
     params = jax.tree.map(
         lambda s: jax.random.normal(jax.random.key(s.size), s.shape) / 4, shapes
     )
