@@ -58,6 +58,7 @@ def main() -> None:
     from dalle2_jax.train import cpu
     from dalle2_jax.train.cache import use_compilation_cache
 
+    cpu.keep_memory()
     use_compilation_cache()
     config = CONFIG.value
     stages = [config[name] for name in config.get("stages", ())] or [config]

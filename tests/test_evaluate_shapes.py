@@ -247,6 +247,22 @@ def test_the_command_reports_a_model(tmp_path, monkeypatch, capsys):
         assert gallery.size == (1088, 5 * 214)
 
 
+def test_exchanged_captions_are_right_by_chance():
+    """Of perfect pictures: as often as the captions themselves agree."""
+    verdicts = judge.evaluate(draw, 40, seed=2)
+    exchanged = judge.exchange_captions(verdicts)
+    rates = judge.accuracy(exchanged)
+    for kind in ("single", "unseen"):
+        own = [v.caption for v in verdicts if v.kind == kind]
+        things = [judge.parse(c).things[0] for c in own]
+        pairs = list(zip(things, [*things[1:], things[0]], strict=True))
+        assert rates[kind]["count"].rate == 1
+        for name in ("colour", "shape"):
+            same = sum(getattr(a, name) == getattr(b, name) for a, b in pairs)
+            assert rates[kind][name].right == same
+    assert [v.caption for v in exchanged[:2]] == [v.caption for v in verdicts[1:3]]
+
+
 @pytest.mark.parametrize("arguments, message", [(["--num=0"], "--num=0: ask for")])
 def test_the_command_refuses_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -7,8 +7,8 @@ hide in a table that both read.
     python -m dalle2_jax.evaluate.shapes --model=DIR --num=200 --seed=12345 \
         --out=report.json
 
-samples from a model, prints how often each attribute is right, and writes every verdict
-to report.json and some of the pictures to report.png.
+samples from a model, prints how often each attribute is right, also by chance, and
+writes every verdict to report.json and some of the pictures to report.png.
 """
 
 import argparse
@@ -365,6 +365,21 @@ def evaluate(
     return verdicts
 
 
+def exchange_captions(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Judges each picture by the caption of the next one of its kind.
+
+    What is right then is right by chance: so often would it be if the model did not
+    read its captions.
+    """
+    exchanged = []
+    for kind in KINDS:
+        own = [verdict for verdict in verdicts if verdict.kind == kind]
+        for verdict, other in zip(own, [*own[1:], *own[:1]], strict=True):
+            right = judge(verdict.picture, other.caption)
+            exchanged.append(Verdict(kind, other.caption, verdict.picture, right))
+    return exchanged
+
+
 class Rate(NamedTuple):
     """How often an attribute is right, and the 95% Wilson score interval (1927)."""
 
@@ -457,15 +472,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
 
-    table = accuracy(verdicts)
+    table, chance = accuracy(verdicts), accuracy(exchange_captions(verdicts))
     print(format_table(table))
+    print("\nby chance (each picture judged by another's caption)")
+    print(format_table(chance))
     report = {
         "model": model.path,
         "num": args.num,
         "seed": args.seed,
-        "accuracy": {
-            kind: {name: cell._asdict() for name, cell in column.items()}
-            for kind, column in table.items()
+        **{
+            name: {
+                kind: {attribute: rate._asdict() for attribute, rate in column.items()}
+                for kind, column in rates.items()
+            }
+            for name, rates in (("accuracy", table), ("chance", chance))
         },
         "captions": [
             {"kind": v.kind, "caption": v.caption, "right": v.right} for v in verdicts
