@@ -18,7 +18,7 @@ from configs.common import row
 STAGES = {"clip": clip, "prior": prior, "decoder": decoder, "upsampler": upsampler}
 STEPS = {
     "tiny": dict(clip=8, prior=8, decoder=8, upsampler=8),
-    "small": dict(clip=400, prior=250, decoder=700, upsampler=250),
+    "small": dict(clip=400, prior=250, decoder=550, upsampler=250),
 }
 
 

@@ -1,6 +1,7 @@
 """What the CPU is told before training."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -42,3 +43,38 @@ def test_use_cores_keeps_what_the_user_says(variables, devices):
         text=True,
     )
     assert run.stdout == f"{devices}\n", run.stderr
+
+
+FAULTS = """
+import ctypes, resource
+from dalle2_jax.train import cpu
+{before}
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+size = 30 << 20
+
+def step():
+    buffers = [ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size))) for _ in range(4)]
+    for buffer in buffers:
+        libc.memset(buffer, 1, ctypes.c_size_t(size))
+    for buffer in buffers:
+        libc.free(buffer)
+
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc")
+def test_freed_memory_is_kept():
+    """A step that allocates what the one before has freed meets no page faults."""
+
+    def faults(before):
+        code = FAULTS.format(before=before)
+        return int(subprocess.check_output([sys.executable, "-c", code]))
+
+    assert faults("") > 10_000
+    assert faults("cpu.keep_memory()") < 100
