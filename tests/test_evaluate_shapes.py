@@ -249,7 +249,9 @@ def test_the_command_reports_a_model(tmp_path, monkeypatch, capsys):
 
 def test_exchanged_captions_are_right_by_chance():
     """Of perfect pictures: as often as the captions themselves agree."""
-    verdicts = judge.evaluate(draw, 40, seed=2)
+    verdicts = judge.evaluate(
+        lambda prompts, seed: draw(None, prompts, seed=seed), 40, seed=2
+    )
     exchanged = judge.exchange_captions(verdicts)
     rates = judge.accuracy(exchanged)
     for kind in ("single", "unseen"):
