@@ -13,6 +13,14 @@ from ml_collections.config_dict import placeholder
 
 from configs.common import common, diffusion, row, sampling
 
+_DIFFUSION = dict(
+    predict="x0",
+    variance="fixed_small",
+    min_snr_gamma=2.5,
+    snr_power=0.5,
+    logit_normal=(0.8, 1.0),  # around where the shape of things is decided
+)
+
 SIZES = {
     "tiny": {
         "size": 16,
@@ -31,14 +39,7 @@ SIZES = {
         "context_width": 32,
         "loop": dict(steps=20, batch_size=16, log_every=5, eval_batches=1),
         "optim": dict(name="muon", warmup=5),
-        "diffusion": dict(
-            predict="x0",
-            variance="fixed_small",
-            min_snr_gamma=2.5,
-            snr_power=0.5,
-            # Where the shape of things is decided.
-            logit_normal=(0.8, 1.0),
-        ),
+        "diffusion": _DIFFUSION,
         "sampling": dict(steps=4, guidance=2.0),
         "drop_caption": 0.5,
     },
@@ -59,14 +60,7 @@ SIZES = {
         "context_width": 128,
         "loop": dict(steps=7000, batch_size=32),
         "optim": dict(name="muon", warmup=200),
-        "diffusion": dict(
-            predict="x0",
-            variance="fixed_small",
-            min_snr_gamma=2.5,
-            snr_power=0.5,
-            # Where the shape of things is decided.
-            logit_normal=(0.8, 1.0),
-        ),
+        "diffusion": _DIFFUSION,
         "sampling": dict(steps=50, guidance=2.0),
         "drop_caption": 0.3,
     },

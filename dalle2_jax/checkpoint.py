@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from dalle2_jax.errors import UserError, listed
+from dalle2_jax.errors import UserError
 
 FORMAT = 1
 BUNDLED = Path(__file__).parent / "assets"  # the model that ships
@@ -142,8 +142,8 @@ def check(params: Any, abstract: Any, where: str | Path) -> None:
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{k}: {listed(v)}" for k, v in problems.items() if v)
-        raise UserError(f"{where} does not fit this config: {found}")
+        listed = "; ".join(f"{k}: {_some(v)}" for k, v in problems.items() if v)
+        raise UserError(f"{where} does not fit this config: {listed}")
 
 
 class Run:
@@ -218,7 +218,7 @@ class Run:
             check(saved, abstract, self.directory / str(step))
         except UserError as error:
             raise UserError(
-                f"{error}; since it was saved, {listed(changed) or 'nothing'} changed "
+                f"{error}; since it was saved, {_some(changed) or 'nothing'} changed "
                 "in the config: change it back, or train in another workdir"
             ) from None
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
@@ -318,6 +318,11 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     name = jax.tree_util.keystr
     return {name(k, simple=True, separator="/"): tuple(v.shape) for k, v in leaves}
+
+
+def _some(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """The one exception that means "the user can fix this"."""
 
-from collections.abc import Sequence
-
 
 class UserError(ValueError):
     """A mistake in what the user gave: a path, a config, a size.
@@ -14,9 +12,3 @@ class UserError(ValueError):
 def first_line(error: Exception) -> str:
     """What an exception of another library says, short enough for a UserError."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def listed(names: Sequence[str], limit: int = 8) -> str:
-    """The first of the names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -13,8 +13,7 @@ every shape, follows from the network itself. The peers are PyTorch modules: ker
 [h, w, in, out].
 """
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,8 +21,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dalle2_jax import checkpoint
 from dalle2_jax.convert.weights import Weights
-from dalle2_jax.errors import UserError, listed
 
 Table = Mapping[str, str]
 
@@ -57,7 +56,7 @@ def to_ours(
     *,
     dtype: str | np.dtype | None = None,
     leading: Mapping[str, int] = {},
-    ignore: Iterable[str] = (),
+    ignore: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A network's params from a peer's weights.
 
@@ -76,8 +75,13 @@ def to_ours(
       UserError: names are missing or left over, or shapes differ: a list of them.
     """
     sources = _sources(table, network)
-    shapes = {k: v[leading.get(k, 0) :] for k, v in weights.shapes.items()}
-    _account(sources.values(), shapes, weights.where, set(ignore))
+    shapes = {
+        name: shape[leading.get(name, 0) :]
+        for name, shape in weights.shapes.items()
+        if name not in ignore
+    }
+    wanted = _shapes(sources.values())
+    checkpoint.check(_structs(shapes), _structs(wanted), weights.where)
 
     def param(path: str, source: _Source) -> np.ndarray:
         arrays = [weights.read(name) for name in source.names]
@@ -137,29 +141,14 @@ def _axes(path: str, ndim: int) -> tuple[int, ...]:
     return {2: (1, 0), 4: (2, 3, 1, 0)}[ndim]
 
 
-def _account(
-    sources: Iterable[_Source],
-    shapes: Mapping[str, tuple[int, ...]],
-    where: str | Path,
-    ignore: set[str],
-) -> None:
-    """A UserError unless names and shapes are exactly those that are wanted."""
-    wanted = {}
+def _shapes(sources: Iterable[_Source]) -> dict[str, tuple[int, ...]]:
+    """The shape of each of the peer's; those side by side have equal parts."""
+    shapes = {}
     for names, shape in sources:
-        # Those that stand side by side have equal parts.
         part = (shape[0] // len(names), *shape[1:]) if shape else ()
-        wanted |= dict.fromkeys(names, part)
-    problems = {
-        "missing": [name for name in wanted if name not in shapes],
-        "unexpected": sorted(shapes.keys() - wanted.keys() - ignore),
-        "wrong shape": [
-            f"{name} {shapes[name]} instead of {shape}"
-            for name, shape in wanted.items()
-            if name in shapes and shapes[name] != shape
-        ],
-    }
-    if any(problems.values()):
-        raise UserError(
-            f"{where} does not fit its config: "
-            + "; ".join(f"{k}: {listed(v)}" for k, v in problems.items() if v)
-        )
+        shapes |= dict.fromkeys(names, part)
+    return shapes
+
+
+def _structs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in shapes.items()}

@@ -35,7 +35,7 @@ def keep_memory() -> None:
     """Makes the C library keep freed memory for the next step, where it is glibc.
 
     It would give the buffers of every step back to the system, and have them filled
-    with zeros again at the next: millions of page faults, and an eighth of the time.
+    with zeros again at the next, a page fault for each page.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
