@@ -8,8 +8,12 @@ import importlib
 
 _WHERE = {
     "UserError": "dalle2_jax.errors",
-    "load": "dalle2_jax.pipeline.models",
+    "encode_image": "dalle2_jax.pipeline.encode",
+    "encode_text": "dalle2_jax.pipeline.encode",
+    "load": "dalle2_jax.hub",
+    "load_clip": "dalle2_jax.hub",
     "text_to_image": "dalle2_jax.pipeline.generate",
+    "variations": "dalle2_jax.pipeline.generate",
 }
 
 __all__ = sorted(_WHERE)

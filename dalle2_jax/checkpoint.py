@@ -13,7 +13,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from dalle2_jax.errors import UserError
+
+# What is done with each param as it is read, so that no more than one lies around: it
+# may be cast and put onto a device.
+Place = Callable[[np.ndarray], Any]
 
 FORMAT = 1
 BUNDLED = Path(__file__).parent / "assets"  # the model that ships
@@ -34,7 +38,7 @@ class Export(NamedTuple):
     """A model as it lies on disk."""
 
     config: dict[str, Any]
-    params: dict[str, dict]  # by part: nested dicts of numpy arrays
+    params: dict[str, dict]  # by part: nested dicts of arrays
     tokenizer_dir: Path | None
     statistics: dict[str, Any]
 
@@ -88,8 +92,18 @@ def copy(
                 _save(new / f"{name}.safetensors", cast)
 
 
-def load(directory: str | Path) -> Export:
+def load(
+    directory: str | Path,
+    place: Place = np.asarray,
+    only: Sequence[str] | None = None,
+) -> Export:
     """Reads what `export` wrote.
+
+    Args:
+        directory: the model.
+        place: called with each param, not with statistics; numpy's arrays stay by
+            default.
+        only: the parts to read; None for all.
 
     Raises:
         UserError: the directory is not a model, a file is missing or can't be read.
@@ -103,7 +117,7 @@ def load(directory: str | Path) -> Export:
         )
     try:
         config = _tuples(json.loads(path.read_text()))
-        version, names = config["format"], list(config["parts"])
+        version, parts = config["format"], dict(config["parts"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not the config of a model of this package ({error!r})"
@@ -113,14 +127,37 @@ def load(directory: str | Path) -> Export:
             f"{directory} has format {version}, this version of dalle2_jax reads "
             f"format {FORMAT}: update dalle2_jax or export the model again"
         )
+    names = [name for name in parts if only is None or name in only]
     tokenizer_dir = directory / "tokenizer"
     statistics = directory / "statistics.safetensors"
     return Export(
-        config=config,
-        params={name: _load(directory / f"{name}.safetensors") for name in names},
+        config={**config, "parts": {name: parts[name] for name in names}},
+        params={
+            name: _load(directory / f"{name}.safetensors", place) for name in names
+        },
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
         statistics=_load(statistics) if statistics.exists() else {},
     )
+
+
+def merge(models: Sequence[Export]) -> Export:
+    """Puts models together; of parts that several have, the last is taken.
+
+    But a CLIP with both towers goes before one that has only the text's.
+    """
+    parts: dict[str, Any] = {}
+    params: dict[str, Any] = {}
+    statistics: dict[str, Any] = {}
+    text = None
+    for model in models:
+        for name, section in model.config["parts"].items():
+            net = section["net"]
+            if name == "clip" and name in parts and net.get("image_size") is None:
+                continue
+            parts[name], params[name] = section, model.params[name]
+        statistics |= model.statistics
+        text = model.tokenizer_dir or text
+    return Export({"parts": parts}, params, text, statistics)
 
 
 def check(params: Any, abstract: Any, where: str | Path) -> None:
@@ -296,11 +333,13 @@ def _save(path: Path, tree: Mapping[str, Any]) -> None:
     path.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, place: Place = np.asarray) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing: copy or export the whole model again")
     try:
-        return unflatten_dict(load_file(path), sep="/")
+        with safe_open(path, framework="numpy") as file:
+            params = {name: place(file.get_tensor(name)) for name in file.keys()}
+        return unflatten_dict(params, sep="/")
     except SafetensorError as error:
         raise UserError(
             f"{path} is truncated or damaged ({error}): copy or export it again"

@@ -224,11 +224,10 @@ def draw(model, prompts, *, seed):
 
 
 def test_the_command_reports_a_model(tmp_path, monkeypatch, capsys):
-    from dalle2_jax.pipeline import generate, models
+    from dalle2_jax import hub
+    from dalle2_jax.pipeline import generate
 
-    monkeypatch.setattr(
-        models, "load", lambda *paths: types.SimpleNamespace(path="here")
-    )
+    monkeypatch.setattr(hub, "load", lambda *paths: types.SimpleNamespace(path="here"))
     monkeypatch.setattr(generate, "text_to_image", draw)
     out = tmp_path / "new" / "report.json"
     judge.main(["--model=here", "--num=30", "--seed=1", f"--out={out}"])

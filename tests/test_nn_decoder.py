@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.convert import karlo as convert
+from dalle2_jax.convert import karlo_names as convert
 from dalle2_jax.convert import table
 from dalle2_jax.nn.clip import Caption
 from dalle2_jax.nn.decoder import Decoder

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.convert import karlo, table
+from dalle2_jax.convert import karlo_names, table
 from dalle2_jax.nn.prior import DiffusionPrior
 from tests.golden import peer
 
@@ -36,11 +36,11 @@ def golden():
 @pytest.fixture(scope="module")
 def params(golden):
     return peer.params(
-        karlo.prior_table(layers=2),
+        karlo_names.prior_table(layers=2),
         DiffusionPrior(**TINY),
         golden[0],
-        leading=karlo.PRIOR_LEADING,
-        ignore=karlo.PRIOR_STATISTICS,
+        leading=karlo_names.PRIOR_LEADING,
+        ignore=karlo_names.PRIOR_STATISTICS,
     )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.convert import karlo, table
+from dalle2_jax.convert import karlo_names, table
 from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.layers import from_patches, to_patches
 from dalle2_jax.nn.unet import UNet
@@ -39,7 +39,7 @@ def decoder():
     """Params, arguments and output of Karlo's decoder's U-Net."""
     weights, inputs, outputs = peer.unpack(peer.load("decoder"))
     whole = Decoder(DECODER, 10, context_length=5, text_width=10, context_width=12)
-    names = karlo.decoder_table(UNet(**DECODER))
+    names = karlo_names.decoder_table(UNet(**DECODER))
     params = peer.params(names, whole, weights)["net"]
     mask = jnp.pad(inputs["text_mask"], ((0, 0), (4, 0)), constant_values=True)
     arguments = [
@@ -57,7 +57,7 @@ def upsampler():
     """Params, arguments and output of Karlo's super-resolution network."""
     weights, inputs, outputs = peer.unpack(peer.load("upsampler"))
     model = UNet(**UPSAMPLER)
-    params = peer.params(karlo.unet_table(model), model, weights)
+    params = peer.params(karlo_names.unet_table(model), model, weights)
     arguments = [channels_last(inputs["sample"]), inputs["timestep"]]
     return params, arguments, channels_last(outputs["sample"])
 

@@ -1,103 +1,352 @@
-"""Karlo's networks as diffusers holds them: PriorTransformer, text_proj, the U-Nets."""
+"""Karlo, and models of its shape, in the layout of diffusers' unCLIP pipelines.
 
-from dalle2_jax.convert import table
+    python -m dalle2_jax.convert.karlo SRC [SRC ...] DST
+    python -m dalle2_jax.convert.karlo --to-diffusers SRC DST
+
+The first writes a model of this package from a text-to-image or an image-variation
+folder; of several sources the parts are put together, so that a text-to-image folder
+and one of the CLIP with both towers make one model. The second writes a folder that
+diffusers' pipelines load.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from dalle2_jax import checkpoint
+from dalle2_jax.convert import karlo_config as configs
+from dalle2_jax.convert import karlo_names as names
+from dalle2_jax.convert import openai_clip, table, weights
+from dalle2_jax.data import tokenizer
+from dalle2_jax.errors import UserError
+from dalle2_jax.nn.clip import CLIP
+from dalle2_jax.nn.decoder import Decoder
+from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.nn.unet import UNet
 
-_PRIOR_BLOCK = {
-    "ln_1": "norm1",
-    "qkv": "attn1.to_q attn1.to_k attn1.to_v",
-    "out": "attn1.to_out.0",
-    "ln_2": "norm3",
-    "mlp_in": "ff.net.0.proj",
-    "mlp_out": "ff.net.2",
-}
-_RES_BLOCK = {
-    "norm_1": "norm1",
-    "conv_1": "conv1",
-    "embedding": "time_emb_proj",
-    "norm_2": "norm2",
-    "conv_2": "conv2",
-    "skip": "conv_shortcut",
-}
-_ATTENTION = {
-    "norm": "group_norm",
-    "qkv": "to_q to_k to_v",
-    "context_kv": "add_k_proj add_v_proj",
-    "out": "to_out.0",
-}
-_TIME = {
-    "time_in": "time_embedding.linear_1",
-    "time_out": "time_embedding.linear_2",
-}
+TEXT_TO_IMAGE, VARIATION = "UnCLIPPipeline", "UnCLIPImageVariationPipeline"
+# CLIP's learned factor is in no such folder; in OpenAI's ViT-L/14 it is at its limit.
+_LOGIT_SCALE = math.log(100.0)
 
-# Of the prior: axes of length one that diffusers puts first, and what PriorTransformer
-# holds beside the network, the mean and deviation of the data's embeddings.
-PRIOR_LEADING = {"prd_embedding": 2, "positional_embedding": 1}
-PRIOR_STATISTICS = ("clip_mean", "clip_std")
+Made = tuple[dict[str, Any], Any]  # a part's section of config.json, and its params
+# A component of diffusers: its folder's name, its config, and its weights, if any.
+Component = tuple[str, dict[str, Any], dict[str, np.ndarray] | None]
 
 
-def prior_table(layers: int) -> dict[str, str]:
-    """DiffusionPrior's table: PriorTransformer."""
-    blocks = {}
-    for i in range(layers):
-        blocks |= table.nest(
-            f"transformer/block_{i}", _PRIOR_BLOCK, f"transformer_blocks.{i}."
+# From diffusers
+
+
+def read(
+    folder: str | Path,
+    place: checkpoint.Place = np.asarray,
+    only: Sequence[str] | None = None,
+) -> checkpoint.Export:
+    """A pipeline's folder as a model of this package.
+
+    Args:
+      folder: what diffusers' UnCLIPPipeline or UnCLIPImageVariationPipeline saves.
+      place: called with each param as it is read.
+      only: the parts to read, as "clip"; None for all.
+
+    Raises:
+      UserError: a network or file is missing or damaged, or weights do not fit.
+    """
+    folder = Path(folder)
+    path = folder / "model_index.json"
+    index = weights.read_json(path)
+    if index.get("_class_name") not in (TEXT_TO_IMAGE, VARIATION):
+        raise UserError(
+            f"{path} is for {index.get('_class_name')!r}: must be {TEXT_TO_IMAGE!r} or "
+            f"{VARIATION!r}"
         )
-    return {
-        **_TIME,
-        "text_states_in": "encoder_hidden_states_proj",
-        "z_text_in": "embedding_proj",
-        "z_image_in": "proj_in",
-        "query": "prd_embedding",
-        "position_embedding": "positional_embedding",
-        **blocks,
-        "ln_out": "norm_out",
-        "z_image_out": "proj_to_clip_embeddings",
+    listed = [name for name in index if not name.startswith("_")]
+    for name in listed:
+        if not (folder / name).is_dir():
+            raise UserError(f"{folder} has no {name}, which its model_index.json lists")
+    size = _config(folder / "super_res_first", "sample_size")["sample_size"]
+    parts: dict[str, Callable[[], Made]] = {
+        "clip": partial(_read_clip, folder, "image_encoder" in listed, place),
+        "decoder": partial(_read_decoder, folder, place),
+        f"upsampler_{size}": partial(_read_upsampler, folder, "first", place),
+        f"upsampler_{size}_last": partial(_read_upsampler, folder, "last", place),
     }
+    statistics = {}
+    if "prior" in listed:
+        parts["prior"] = partial(_read_prior, folder, place)
+        found = weights.find(folder / "prior")
+        for theirs, ours in names.PRIOR_STATISTICS.items():
+            statistics[ours] = found.read(theirs).astype(np.float32).reshape(-1)
+    made = {k: make() for k, make in parts.items() if only is None or k in only}
+    return checkpoint.Export(
+        config={"parts": {name: section for name, (section, _) in made.items()}},
+        params={name: params for name, (_, params) in made.items()},
+        tokenizer_dir=folder / "tokenizer",
+        statistics=statistics,
+    )
 
 
-def unet_table(network: UNet) -> dict[str, str]:
-    """UNet's table: UNet2DConditionModel or UNet2DModel, which have the same names."""
-    levels = len(network.multipliers)
-    found = {
-        **_TIME,
-        "conv_in": "conv_in",
-        "norm_out": "conv_norm_out",
-        "conv_out": "conv_out",
-        **table.nest("mid_res_0", _RES_BLOCK, "mid_block.resnets.0."),
-        **table.nest("mid_attn", _ATTENTION, "mid_block.attentions.0."),
-        **table.nest("mid_res_1", _RES_BLOCK, "mid_block.resnets.1."),
-    }
-    for level in range(levels):
-        # The way up is counted from the bottom there.
-        for way, theirs in (
-            ("down", f"down_blocks.{level}"),
-            ("up", f"up_blocks.{levels - 1 - level}"),
-        ):
-            name = f"{way}_{level}"
-            for i in range(network.blocks + (way == "up")):
-                resnet, attention = (
-                    f"{theirs}.resnets.{i}.",
-                    f"{theirs}.attentions.{i}.",
-                )
-                found |= table.nest(f"{name}_res_{i}", _RES_BLOCK, resnet)
-                found |= table.nest(f"{name}_attn_{i}", _ATTENTION, attention)
-            sampler = f"{theirs}.{way}samplers.0."
-            found |= table.nest(f"{name}_{way}sample", _RES_BLOCK, sampler)
-    return found
+def _config(folder: Path, *needed: str, name: str = "config.json") -> dict[str, Any]:
+    """A component's config, which must have the keys that are needed."""
+    config = weights.read_json(folder / name)
+    for key in needed:
+        if key not in config:
+            raise UserError(f"{folder / name} lacks the key {key}")
+    return config
 
 
-def decoder_table(unet: UNet) -> dict[str, str]:
-    """Decoder's table: UnCLIPTextProjModel as text_proj, and its U-Net as decoder."""
-    projections = {
-        "null_z_image": "learned_classifier_free_guidance_embeddings",
-        "z_image_to_vector": "clip_image_embeddings_project_to_time_embeddings",
-        "z_image_to_tokens": "clip_extra_context_tokens_proj",
-        "text_to_vector": "embedding_proj",
-        "states_to_tokens": "encoder_hidden_states_proj",
-        "ln_tokens": "text_encoder_hidden_states_norm",
+def _read_clip(folder: Path, has_images: bool, place: checkpoint.Place) -> Made:
+    from transformers import CLIPTextConfig, CLIPVisionConfig
+
+    # Whole configs: transformers fills in what a file leaves out.
+    text = _config(folder / "text_encoder")
+    text = CLIPTextConfig.from_dict(text).to_dict()
+    found = [("", weights.find(folder / "text_encoder"))]
+    vision = None
+    if has_images:
+        vision = _config(folder / "image_encoder")
+        vision = CLIPVisionConfig.from_dict(vision).to_dict()
+        given = {"logit_scale": np.float32(_LOGIT_SCALE)}
+        found.append(("", weights.find(folder / "image_encoder")))
+        found.append(("", weights.of(folder, given)))
+    net = openai_clip.towers_net(text, vision)
+    network = CLIP(**net)
+    params = table.to_ours(
+        openai_clip.clip_table(network),
+        network,
+        weights.join(folder / "text_encoder", found),
+        place=place,
+        ignore=openai_clip.BUFFERS,
+    )
+    return {"net": net}, params
+
+
+def _read_prior(folder: Path, place: checkpoint.Place) -> Made:
+    config = _config(
+        folder / "prior",
+        "num_attention_heads",
+        "attention_head_dim",
+        "num_layers",
+        "embedding_dim",
+        "num_embeddings",
+    )
+    net = configs.prior_net(config)
+    network = DiffusionPrior(**net)
+    configs.check(folder / "prior/config.json", config, configs.prior_config(network))
+    params = table.to_ours(
+        names.prior_table(network.layers),
+        network,
+        weights.find(folder / "prior"),
+        place=place,
+        leading=names.PRIOR_LEADING,
+        ignore=tuple(names.PRIOR_STATISTICS),
+    )
+    # Steps and guidance are the defaults of the pipelines, here and below.
+    return {"net": net, **_settings(folder / "prior_scheduler", 25, 4.0)}, params
+
+
+def _read_decoder(folder: Path, place: checkpoint.Place) -> Made:
+    config = _config(folder / "decoder", *configs.DECODER_KEYS)
+    projections = _config(
+        folder / "text_proj", "clip_embeddings_dim", "clip_extra_context_tokens"
+    )
+    text = _config(folder / "text_encoder", "max_position_embeddings")
+    unet = configs.unet_net(config)
+    net = {
+        "unet": unet,
+        "clip_dim": projections["clip_embeddings_dim"],
+        "context_length": text["max_position_embeddings"],
+        "text_width": projections["clip_embeddings_dim"],
+        "context_width": config["cross_attention_dim"],
+        "image_tokens": projections["clip_extra_context_tokens"],
     }
-    return {
-        **{ours: f"text_proj.{theirs}" for ours, theirs in projections.items()},
-        **table.nest("net", unet_table(unet), "decoder."),
+    network, size = Decoder(**net), config["sample_size"]
+    for name, found, wanted in (
+        ("decoder", config, configs.decoder_config(network, size)),
+        ("text_proj", projections, configs.projections_config(network)),
+    ):
+        configs.check(folder / name / "config.json", found, wanted)
+    found = [(f"{name}.", weights.find(folder / name)) for name in names.DECODER]
+    params = table.to_ours(
+        names.decoder_table(UNet(**unet)),
+        network,
+        weights.join(folder, found),
+        place=place,
+    )
+    settings = _settings(folder / "decoder_scheduler", 25, 8.0)
+    return {"net": net, **settings, "size": size}, params
+
+
+def _read_upsampler(folder: Path, which: str, place: checkpoint.Place) -> Made:
+    component = folder / f"super_res_{which}"
+    config = _config(component, *configs.UNET_KEYS)
+    net, size = configs.unet_net(config), config["sample_size"]
+    network = UNet(**net)
+    wanted = configs.upsampler_config(network, size)
+    configs.check(component / "config.json", config, wanted)
+    params = table.to_ours(
+        names.unet_table(network), network, weights.find(component), place=place
+    )
+    if which == "last":
+        return {"net": net}, params
+    settings = _settings(folder / "super_res_scheduler", 7, 1.0)
+    # diffusers hands over the decoder's picture as it is.
+    settings["sampling"]["round_low"] = False
+    low = _config(folder / "decoder", "sample_size")["sample_size"]
+    return {"net": net, **settings, "size": size, "low_size": low}, params
+
+
+def _settings(folder: Path, steps: int, guidance: float) -> dict[str, dict[str, Any]]:
+    name = "scheduler_config.json"
+    needed = configs.SCHEDULER_KEYS
+    config = _config(folder, *needed, name=name)
+    return configs.settings(folder / name, config, steps, guidance)
+
+
+# To diffusers
+
+
+def write(model: checkpoint.Export, folder: str | Path) -> None:
+    """Writes a model for diffusers' pipelines: the inverse of `read`.
+
+    With a prior it is a folder of UnCLIPPipeline, without one a folder of
+    UnCLIPImageVariationPipeline, which needs CLIP's image tower. Where the upsampler
+    has no second network for the last step, its only one is written for both.
+
+    Args:
+      model: of Karlo's shape and of any size, with one upsampler.
+      folder: where to; must be new or empty.
+
+    Raises:
+      UserError: the model lacks a part or is of another shape, or the folder is in use.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty: give a new folder")
+    configs.check_shape(model.config["parts"])
+    if model.tokenizer_dir is None:
+        raise UserError("the model has no tokenizer, which diffusers' pipelines need")
+    index: dict[str, Any] = {
+        "_class_name": TEXT_TO_IMAGE if "prior" in model.params else VARIATION,
+        "_diffusers_version": "0.9.0",  # the first with these pipelines
+        "tokenizer": ["transformers", "CLIPTokenizer"],
     }
+    for name, config, arrays in _components(model):
+        index[name] = configs.CLASSES[name]
+        (folder / name).mkdir(parents=True)
+        file = configs.CONFIG_FILES.get(index[name][1], "config.json")
+        _write_json(folder / name / file, config)
+        if arrays is not None:
+            library = index[name][0]
+            stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+            path = folder / name / f"{stem}.safetensors"
+            save_file(arrays, path, metadata={"format": "pt"})
+            path.chmod(0o644)  # safetensors leaves it to its owner alone
+    tokenizer.load(model.tokenizer_dir).save(folder / "tokenizer")
+    _write_json(folder / "model_index.json", index)
+
+
+def _components(model: checkpoint.Export) -> Iterator[Component]:
+    """One after the other, so that only one lies in memory twice."""
+    parts, params = model.config["parts"], model.params
+    clip, decoder = CLIP(**parts["clip"]["net"]), Decoder(**parts["decoder"]["net"])
+    found = table.to_theirs(openai_clip.clip_table(clip), clip, params["clip"])
+    yield (
+        "text_encoder",
+        configs.text_encoder_config(clip),
+        {k: v for k, v in found.items() if k.startswith("text_")},
+    )
+    if clip.image_size is not None:
+        yield (
+            "image_encoder",
+            configs.image_encoder_config(clip),
+            {k: v for k, v in found.items() if k.startswith("vis")},
+        )
+        yield "feature_extractor", configs.feature_extractor_config(clip), None
+    if "prior" in parts:
+        prior = DiffusionPrior(**parts["prior"]["net"])
+        found = table.to_theirs(
+            names.prior_table(prior.layers),
+            prior,
+            params["prior"],
+            names.PRIOR_LEADING,
+        )
+        for theirs, ours in names.PRIOR_STATISTICS.items():
+            found[theirs] = np.asarray(model.statistics[ours])[None]
+        yield "prior", configs.prior_config(prior), found
+        yield "prior_scheduler", configs.scheduler_config(parts["prior"]), None
+    section = parts["decoder"]
+    found = table.to_theirs(
+        names.decoder_table(UNet(**decoder.unet)), decoder, params["decoder"]
+    )
+    for name, config in (
+        ("text_proj", configs.projections_config(decoder)),
+        ("decoder", configs.decoder_config(decoder, section["size"])),
+    ):
+        start = f"{name}."
+        of_it = {k: v for k, v in found.items() if k.startswith(start)}
+        yield name, config, {k.removeprefix(start): v for k, v in of_it.items()}
+    yield "decoder_scheduler", configs.scheduler_config(section), None
+    (name,) = configs.upsamplers(parts)
+    section, first = parts[name], params[name]
+    unet = UNet(**section["net"])
+    config = configs.upsampler_config(unet, section["size"])
+    for which, tree in (("first", first), ("last", params.get(f"{name}_last", first))):
+        found = table.to_theirs(names.unet_table(unet), unet, tree)
+        yield f"super_res_{which}", config, found
+    yield "super_res_scheduler", configs.scheduler_config(section), None
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+# The command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Karlo, from diffusers and to it.")
+    parser.add_argument(
+        "src",
+        nargs="+",
+        help="folder of a diffusers unCLIP pipeline or of a transformers CLIPModel; "
+        "with --to-diffusers a model of this package",
+    )
+    parser.add_argument("dst", help="directory of the model to write")
+    parser.add_argument("--dtype", help="of the params; that of the files by default")
+    parser.add_argument("--to-diffusers", action="store_true", help="the other way")
+    arguments = parser.parse_args(argv)
+    try:
+        cast = weights.caster(arguments.dtype)
+        if arguments.to_diffusers:
+            model = checkpoint.merge(
+                [checkpoint.load(src, cast) for src in arguments.src]
+            )
+            write(model, arguments.dst)
+            return
+        model = checkpoint.merge([_read_any(src, cast) for src in arguments.src])
+        checkpoint.export(
+            arguments.dst,
+            params=model.params,
+            config=model.config,
+            tokenizer=tokenizer.load(model.tokenizer_dir),
+            statistics=model.statistics,
+        )
+    except UserError as error:
+        parser.error(str(error))
+
+
+def _read_any(folder: str, place: checkpoint.Place) -> checkpoint.Export:
+    if (Path(folder) / "model_index.json").is_file():
+        return read(folder, place)
+    return openai_clip.read(folder, place)
+
+
+if __name__ == "__main__":
+    main()

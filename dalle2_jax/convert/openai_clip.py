@@ -7,7 +7,6 @@ tokenizer.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,10 +60,13 @@ def text_table(layers: int) -> dict[str, str]:
 
 
 def clip_table(network: CLIP) -> dict[str, str]:
-    """CLIP's table: CLIPModel."""
+    """CLIP's table: CLIPModel, or the text's tower where ours has no other."""
+    text = table.nest("text", text_table(network.text_layers))
+    if network.image_size is None:
+        return text
     return {
         **table.nest("vision", vision_table(network.vision_layers)),
-        **table.nest("text", text_table(network.text_layers)),
+        **text,
         "logit_scale": "logit_scale",
     }
 
@@ -81,59 +83,75 @@ def net(config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"model_type is {config.get('model_type')!r} in config.json: must be 'clip'"
         )
-    config = CLIPConfig.from_dict(dict(config))  # fills in what a config leaves out
-    vision, text = config.vision_config, config.text_config
-    _check(vision, text)
-    return {
-        "embed_dim": config.projection_dim,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "vision_width": vision.hidden_size,
-        "vision_layers": vision.num_hidden_layers,
-        "vision_heads": vision.num_attention_heads,
-        "vision_mlp_width": vision.intermediate_size,
-        "vocab_size": text.vocab_size,
-        "context_length": text.max_position_embeddings,
-        "text_width": text.hidden_size,
-        "text_layers": text.num_hidden_layers,
-        "text_heads": text.num_attention_heads,
+    # Whole configs: they fill in what a file leaves out.
+    config = CLIPConfig.from_dict(dict(config))
+    text = config.text_config.to_dict() | {"projection_dim": config.projection_dim}
+    return towers_net(text, config.vision_config.to_dict())
+
+
+def towers_net(
+    text: Mapping[str, Any], vision: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """CLIP's arguments, from whole configs of the two towers, or of the text's alone.
+
+    Raises:
+      UserError: they are a CLIP that our module can't be.
+    """
+    arguments = {
+        "embed_dim": text["projection_dim"],
+        "vocab_size": text["vocab_size"],
+        "context_length": text["max_position_embeddings"],
+        "text_width": text["hidden_size"],
+        "text_layers": text["num_hidden_layers"],
+        "text_heads": text["num_attention_heads"],
         # Configs of before transformers 4.31 have 2, and mean the greatest id.
-        "eot": text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id,
-        "activation": text.hidden_act,
+        "eot": text["vocab_size"] - 1
+        if text["eos_token_id"] == 2
+        else text["eos_token_id"],
+        "activation": text["hidden_act"],
+    }
+    _check("text_config", text, "intermediate_size", 4 * text["hidden_size"])
+    _check("text_config", text, "layer_norm_eps", 1e-5)
+    if text["hidden_act"] not in ACTIVATIONS:
+        raise UserError(
+            f"hidden_act is {text['hidden_act']!r} in config.json: must be one of "
+            + ", ".join(ACTIVATIONS)
+        )
+    if vision is None:
+        return arguments
+    _check("vision_config", vision, "layer_norm_eps", 1e-5)
+    _check("vision_config", vision, "hidden_act", text["hidden_act"])
+    return {
+        **arguments,
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "vision_width": vision["hidden_size"],
+        "vision_layers": vision["num_hidden_layers"],
+        "vision_heads": vision["num_attention_heads"],
+        "vision_mlp_width": vision["intermediate_size"],
     }
 
 
-def read(folder: str | Path, dtype: str | np.dtype | None = None) -> checkpoint.Export:
+def read(folder: str | Path, place: checkpoint.Place = np.asarray) -> checkpoint.Export:
     """A CLIPModel's folder as a model of this package.
 
     Args:
       folder: config.json, model.safetensors (or its shards, or pytorch_model.bin), and
         the tokenizer.
-      dtype: of the params; None for that of the file.
+      place: called with each param as it is read.
 
     Raises:
       UserError: a file is missing or damaged, or weights do not fit the config.
     """
     folder = Path(folder)
-    arguments = net(read_config(folder))
+    arguments = net(weights.read_json(folder / "config.json"))
     network = CLIP(**arguments)
     found = weights.find(folder)
     params = table.to_ours(
-        clip_table(network), network, found, dtype=dtype, ignore=BUFFERS
+        clip_table(network), network, found, place=place, ignore=BUFFERS
     )
     config = {"parts": {"clip": {"net": arguments}}}
     return checkpoint.Export(config, {"clip": params}, folder, {})
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json."""
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error})") from error
 
 
 def _transformer(theirs: str, layers: int) -> dict[str, str]:
@@ -143,20 +161,11 @@ def _transformer(theirs: str, layers: int) -> dict[str, str]:
     return blocks
 
 
-def _check(vision: Any, text: Any) -> None:
-    """That the towers are such as our CLIP takes for granted."""
-    for key, found, wanted in (
-        ("vision_config.layer_norm_eps", vision.layer_norm_eps, 1e-5),
-        ("text_config.layer_norm_eps", text.layer_norm_eps, 1e-5),
-        ("text_config.intermediate_size", text.intermediate_size, 4 * text.hidden_size),
-        ("vision_config.hidden_act", vision.hidden_act, text.hidden_act),
-    ):
-        if found != wanted:
-            raise UserError(f"{key} is {found} in config.json: must be {wanted}")
-    if text.hidden_act not in ACTIVATIONS:
+def _check(where: str, config: Mapping[str, Any], key: str, wanted: Any) -> None:
+    """That a tower is such as our CLIP takes for granted."""
+    if config[key] != wanted:
         raise UserError(
-            f"hidden_act is {text.hidden_act!r} in config.json: must be one of "
-            + ", ".join(ACTIVATIONS)
+            f"{where}.{key} is {config[key]} in config.json: must be {wanted}"
         )
 
 
@@ -167,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", help="of the params; that of the file by default")
     arguments = parser.parse_args(argv)
     try:
-        model = read(arguments.src, arguments.dtype)
+        model = read(arguments.src, weights.caster(arguments.dtype))
         checkpoint.export(
             arguments.dst,
             params=model.params,

@@ -23,6 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dalle2_jax import checkpoint
 from dalle2_jax.convert.weights import Weights
+from dalle2_jax.nn import abstract
 
 Table = Mapping[str, str]
 
@@ -42,19 +43,12 @@ class _Source(NamedTuple):
     shape: tuple[int, ...]  # with all of them side by side along the first axis
 
 
-def abstract(network: nn.Module) -> dict[str, Any]:
-    """The shapes and dtypes of a network's params."""
-    return jax.eval_shape(
-        lambda: network.init(jax.random.key(0), *network.example())["params"]
-    )
-
-
 def to_ours(
     table: Table,
     network: nn.Module,
     weights: Weights,
     *,
-    dtype: str | np.dtype | None = None,
+    place: checkpoint.Place = np.asarray,
     leading: Mapping[str, int] = {},
     ignore: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -64,12 +58,12 @@ def to_ours(
       table: of the network.
       network: ours; every parameter must be in the table.
       weights: the peer's. Each is read once, and none before all are accounted for.
-      dtype: of the params; None for that of the weights.
+      place: called with each param as soon as it is read.
       leading: how many leading axes of length one some of the peer's have.
       ignore: names of the peer's that are no weights of this network.
 
     Returns:
-      nested dicts of arrays.
+      nested dicts of what `place` returned.
 
     Raises:
       UserError: names are missing or left over, or shapes differ: a list of them.
@@ -83,12 +77,12 @@ def to_ours(
     wanted = _shapes(sources.values())
     checkpoint.check(_structs(shapes), _structs(wanted), weights.where)
 
-    def param(path: str, source: _Source) -> np.ndarray:
+    def param(path: str, source: _Source) -> Any:
         arrays = [weights.read(name) for name in source.names]
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         array = array.reshape(source.shape)  # without leading axes
         array = array.transpose(_axes(path, array.ndim))
-        return np.asarray(array, dtype, order="C")
+        return place(np.asarray(array, order="C"))
 
     return unflatten_dict({k: param(k, v) for k, v in sources.items()}, sep="/")
 

@@ -6,10 +6,11 @@ which is a pickle and is read by PyTorch's own reader of weights alone.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -17,6 +18,8 @@ from dalle2_jax.errors import UserError, first_line
 
 # What transformers and diffusers call their files.
 NAMES = ("model", "diffusion_pytorch_model", "pytorch_model")
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Weights(NamedTuple):
@@ -50,6 +53,56 @@ def find(folder: str | Path) -> Weights:
         f"{folder} has no weights: none of {', '.join(NAMES)} is there as "
         ".safetensors, .safetensors.index.json or .bin"
     )
+
+
+def of(where: Path, arrays: Mapping[str, np.ndarray]) -> Weights:
+    """Arrays that are there already, as if they had been found."""
+    shapes = {name: np.shape(array) for name, array in arrays.items()}
+    return Weights(where, shapes, arrays.__getitem__)
+
+
+def join(where: Path, parts: Iterable[tuple[str, Weights]]) -> Weights:
+    """Several as one: (prefix of all its names, weights) of each."""
+    homes = {
+        f"{prefix}{name}": (found, name)
+        for prefix, found in parts
+        for name in found.shapes
+    }
+    shapes = {full: found.shapes[name] for full, (found, name) in homes.items()}
+
+    def read(full: str) -> np.ndarray:
+        found, name = homes[full]
+        return found.read(name)
+
+    return Weights(where, shapes, read)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A config's JSON object.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (it holds no JSON object)")
+    return value
+
+
+def caster(dtype: str | None) -> Callable[[np.ndarray], np.ndarray]:
+    """Casts arrays to a dtype by its name, or leaves them as they are.
+
+    Raises:
+      UserError: it is no dtype of weights.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    return lambda array: array if dtype is None else array.astype(jnp.dtype(dtype))
 
 
 def _shards(index: Path) -> list[Path]:

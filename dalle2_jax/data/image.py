@@ -138,6 +138,32 @@ def crop_square(
     return picture.crop((x, y, x + side, y + side))
 
 
+def clip_input(
+    source: str | os.PathLike | bytes | Image.Image | UInt8[np.ndarray, "h w 3"],
+    size: int,
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """A picture as CLIP sees it: its shorter side resized, then the middle of it.
+
+    So does transformers' CLIPImageProcessor, to the last bit.
+
+    Raises UserError if it is not a picture.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3:
+            raise UserError(
+                f"a picture of shape {source.shape} and dtype {source.dtype}: give "
+                "uint8 [height, width, 3]"
+            )
+        source = Image.fromarray(source)
+    picture = read(source)
+    short, long = sorted(picture.size)
+    long = int(size * long / short)
+    width, height = (size, long) if picture.width <= picture.height else (long, size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(picture.crop((left, top, left + size, top + size)))
+
+
 def crop_resize(
     picture: Image.Image,
     size: int,

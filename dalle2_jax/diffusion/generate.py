@@ -10,6 +10,10 @@ says how to run it:
     eta        noise of "ddim", 0 to 1
     clip       limit of the predicted |x0|, or None
     threshold  percentile of dynamic thresholding above that limit, or None
+
+An upsampler's settings say also, for who calls `generate`:
+
+    round_low  whether the low-resolution picture is rounded to 8 bits
 """
 
 from collections.abc import Callable, Mapping
@@ -23,13 +27,17 @@ from dalle2_jax.errors import UserError
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
 
 
+Apply = Callable[[Array, Array, Any], Array]
+
+
 def generate(
-    apply: Callable[[Array, Array, Any], Array],
+    apply: Apply,
     cond: Any,
     null: Any,
     draw: sample.Draw,
     diffusion: Mapping[str, Any],
     sampling: Mapping[str, Any],
+    last: Apply | None = None,
 ) -> Float[Array, "b ..."]:
     """Samples x0, one for each entry of the condition.
 
@@ -39,6 +47,7 @@ def generate(
       null: the same without the condition, for guidance.
       draw: the noise; draw(0) is x_T.
       diffusion, sampling: see the module.
+      last: the network of the last step, where it has one of its own.
 
     Raises:
       UserError: the sampler is unknown.
@@ -46,15 +55,21 @@ def generate(
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     table = schedule.respace(table, sampling["steps"])
     x = draw(0)
-    denoise = guide.denoiser(
-        guide.classifier_free(
-            apply, cond, null, sampling["guidance"], channels=x.shape[-1]
-        ),
-        table,
-        predict=diffusion["predict"],
-        variance=diffusion["variance"],
-        transform=_transform(sampling["clip"], sampling["threshold"]),
-    )
+
+    def denoiser(apply: Apply) -> sample.Denoiser:
+        return guide.denoiser(
+            guide.classifier_free(
+                apply, cond, null, sampling["guidance"], channels=x.shape[-1]
+            ),
+            table,
+            predict=diffusion["predict"],
+            variance=diffusion["variance"],
+            transform=_transform(sampling["clip"], sampling["threshold"]),
+        )
+
+    denoise = denoiser(apply)
+    if last is not None:
+        denoise = guide.change_last(denoise, denoiser(last))
     match sampling["sampler"]:
         case "ddpm":
             return sample.ddpm(denoise, table, x, draw)

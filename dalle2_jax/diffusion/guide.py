@@ -84,6 +84,11 @@ def denoiser(
     return denoise
 
 
+def change_last(denoise: Denoiser, last: Denoiser) -> Denoiser:
+    """Leaves the last step, to the data, to another denoiser."""
+    return lambda x_t, i: jax.lax.cond(i == 0, last, denoise, x_t, i)
+
+
 def clip_x0(limit: float | int) -> Transform:
     """Clips x0 to [-limit, limit]."""
     return lambda x0: jnp.clip(x0, -limit, limit)

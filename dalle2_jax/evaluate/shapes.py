@@ -456,14 +456,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=12345, help="of captions and noise")
     parser.add_argument("--out", type=Path, default=Path("report.json"))
     args = parser.parse_args(argv)
-    from dalle2_jax.pipeline import generate, models  # judging needs no JAX
+    from dalle2_jax import hub  # judging needs no JAX
+    from dalle2_jax.pipeline import generate
 
     try:
         if args.num < 1:
             raise UserError(
                 f"--num={args.num}: ask for at least 1 caption of each kind"
             )
-        model = models.load(*filter(None, [args.model]))
+        model = hub.load(*filter(None, [args.model]))
         verdicts = evaluate(
             lambda prompts, seed: generate.text_to_image(model, prompts, seed=seed),
             args.num,

@@ -1,1 +1,13 @@
-"""Networks (flax.linen): no diffusion maths and no losses."""
+"""The networks: linen modules that know neither diffusion nor losses."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+
+def abstract(network: nn.Module) -> dict[str, Any]:
+    """The shapes and dtypes of a network's params; nothing is computed."""
+    return jax.eval_shape(
+        lambda: network.init(jax.random.key(0), *network.example())["params"]
+    )

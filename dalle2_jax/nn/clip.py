@@ -142,34 +142,35 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers and the learned temperature.
+    """Both towers and the learned temperature, or one tower alone.
 
     Embeddings are the raw projections, not normalised to unit length; losses and
     scores normalise them.
 
     Attributes:
       embed_dim: dimension d of the shared embedding space.
-      image_size, patch_size: side of the input picture and of one patch, in pixels.
+      vocab_size, context_length: of the tokenizer; ``eot`` is its end-of-text id.
+      text_width, text_layers, text_heads: the text transformer.
+      image_size, patch_size: side of the input picture and of one patch, in pixels;
+        None where there is no image tower.
       vision_width, vision_layers, vision_heads: the image transformer.
       vision_stem: channels of the convolutions before it; () for none (the paper).
       vision_mlp_width: of its MLPs; None for four times its width.
-      vocab_size, context_length: of the tokenizer; ``eot`` is its end-of-text id.
-      text_width, text_layers, text_heads: the text transformer.
       activation: "gelu" (exact) or "quick_gelu" (OpenAI's weights).
     """
 
     embed_dim: int
-    image_size: int
-    patch_size: int
-    vision_width: int
-    vision_layers: int
-    vision_heads: int
     vocab_size: int
     context_length: int
     text_width: int
     text_layers: int
     text_heads: int
     eot: int
+    image_size: int | None = None
+    patch_size: int | None = None
+    vision_width: int | None = None
+    vision_layers: int | None = None
+    vision_heads: int | None = None
     vision_stem: tuple[int, ...] = ()
     vision_mlp_width: int | None = None
     activation: str = "gelu"
@@ -183,6 +184,17 @@ class CLIP(nn.Module):
             "remat": self.remat,
             "dtype": self.dtype,
         }
+        self.text = TextTower(
+            vocab_size=self.vocab_size,
+            context_length=self.context_length,
+            width=self.text_width,
+            layers=self.text_layers,
+            heads=self.text_heads,
+            eot=self.eot,
+            **shared,
+        )
+        if self.image_size is None:
+            return
         self.vision = VisionTower(
             image_size=self.image_size,
             patch_size=self.patch_size,
@@ -191,15 +203,6 @@ class CLIP(nn.Module):
             heads=self.vision_heads,
             stem=self.vision_stem,
             mlp_width=self.vision_mlp_width,
-            **shared,
-        )
-        self.text = TextTower(
-            vocab_size=self.vocab_size,
-            context_length=self.context_length,
-            width=self.text_width,
-            layers=self.text_layers,
-            heads=self.text_heads,
-            eot=self.eot,
             **shared,
         )
         self.logit_scale = self.param(
@@ -221,15 +224,24 @@ class CLIP(nn.Module):
         z_text, states = self.encode_text(tokens)
         return Caption(tokens, z_text, states, text_mask(tokens, self.eot))
 
-    def example(self) -> tuple[Array, ...]:
+    def example(self) -> tuple[Array | None, Array]:
         """Arguments of a call, for init and its shapes."""
-        image = jnp.zeros((1, self.image_size, self.image_size, 3))
-        return image, jnp.zeros((1, self.context_length), jnp.int32)
+        tokens = jnp.zeros((1, self.context_length), jnp.int32)
+        if self.image_size is None:
+            return None, tokens
+        return jnp.zeros((1, self.image_size, self.image_size, 3)), tokens
 
     def __call__(
-        self, image: Float[Array, "b s s 3"], tokens: Int[Array, "n t"]
-    ) -> tuple[Float[Array, "b d"], Float[Array, "n d"], Float[Array, ""]]:
-        """(z_image, z_text, temperature), the temperature clipped at 100."""
+        self, image: Float[Array, "b s s 3"] | None, tokens: Int[Array, "n t"]
+    ) -> tuple[
+        Float[Array, "b d"] | None, Float[Array, "n d"], Float[Array, ""] | None
+    ]:
+        """(z_image, z_text, temperature), the temperature clipped at 100.
+
+        Without an image tower the image is None, and of the three there is z_text.
+        """
         z_text, _ = self.encode_text(tokens)
+        if image is None:
+            return None, z_text, None
         temperature = jnp.exp(jnp.minimum(self.logit_scale, math.log(100.0)))
         return self.encode_image(image), z_text, temperature

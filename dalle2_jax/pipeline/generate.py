@@ -1,4 +1,4 @@
-"""Text to image: a prior, a decoder, and a cascade of upsamplers."""
+"""Text to image and variations: a prior, a decoder, and a cascade of upsamplers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from dalle2_jax.data import image
@@ -14,7 +13,8 @@ from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import Caption
 from dalle2_jax.nn.decoder import Context
-from dalle2_jax.pipeline.models import Model, Part, require
+from dalle2_jax.pipeline.encode import encode_caption, encode_image, spread
+from dalle2_jax.pipeline.models import Model, Part, in_batches, require
 
 BATCH = 16  # the most pictures at once on a device
 
@@ -30,6 +30,7 @@ def text_to_image(
     size: int | None = None,
     steps: Mapping[str, Any] | None = None,
     guidance: Mapping[str, float] | None = None,
+    noise: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Pictures of captions (section 2 of arXiv 2204.06125).
@@ -45,6 +46,10 @@ def text_to_image(
         upsampler used. Each is a number or what else schedule.respace takes.
       guidance: scales of classifier-free guidance, {"prior": 2.0, "decoder": 4.0}; 1 is
         none. Upsamplers have no guidance.
+      noise: noise that was drawn elsewhere, for the networks that shall not draw their
+        own from the seed: {"prior": [steps, n, d], "decoder": [steps, n, h, w, 3],
+        "upsampler": ([steps, n, h, w, 3],)}, n pictures in all. Entry 0 is x_T, entry k
+        the noise that is added after step k; the last step adds none.
       progress: called as progress(stage, pictures done, pictures in all).
 
     Returns:
@@ -55,36 +60,105 @@ def text_to_image(
     """
     require(model, "tokenizer", "clip", "prior", "decoder")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check(prompts, num, seed)
-    model = _set(_cut(model, size), "steps", steps or {})
-    model = _set(model, "guidance", guidance or {})
-
+    _check_prompts(prompts)
+    _check(num, seed)
+    model = _set(_cut(model, size), "steps", steps or {}, _STAGES)
+    model = _set(model, "guidance", guidance or {}, _STAGES[:2])
     length = model.clip.network.context_length
     tokens = model.tokenizer.encode(prompts, length).repeat(num, axis=0)
-    empty = model.tokenizer.encode([""], length)
-    keys = picture_keys(seed, len(tokens))
-    mean, std = jnp.asarray(model.z_image_mean), jnp.asarray(model.z_image_std)
+    given = _given(model, noise or {}, len(tokens), _STAGES)
+    return _cascade(model, tokens, None, seed, given, progress)
+
+
+def variations(
+    model: Model,
+    picture: Any,
+    *,
+    seed: int = 0,
+    num: int = 1,
+    size: int | None = None,
+    steps: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, float] | None = None,
+    noise: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> UInt8[np.ndarray, "{num} h w 3"]:
+    """Pictures that CLIP sees alike: decoded from a picture's own CLIP embedding.
+
+    There is no caption and no prior, and x_T is white noise (as Karlo's pipeline does;
+    section 3.1 of arXiv 2204.06125 inverts the picture for it).
+
+    Args:
+      picture: a PIL image, an array uint8 [h, w, 3] or the path of a file, of any size.
+      others: as of `text_to_image`, less what concerns the prior.
+
+    Raises:
+      UserError: not a picture, a CLIP without its image tower, or settings that the
+        model cannot meet.
+    """
+    require(model, "tokenizer", "clip", "decoder")
+    _check(num, seed)
+    model = _set(_cut(model, size), "steps", steps or {}, _STAGES[1:])
+    model = _set(model, "guidance", guidance or {}, _STAGES[1:2])
+    z_image = encode_image(model, picture).repeat(num, axis=0)
+    if len(z_image) != num:
+        raise UserError(f"{len(z_image) // num} pictures: give one")
+    tokens = model.tokenizer.encode([""], model.clip.network.context_length)
+    tokens = tokens.repeat(num, axis=0)
+    given = _given(model, noise or {}, num, _STAGES[1:])
+    return _cascade(model, tokens, z_image, seed, given, progress)
+
+
+def _cascade(
+    model: Model,
+    tokens: Int[np.ndarray, "n l"],
+    z_image: Float[np.ndarray, "n d"] | None,
+    seed: int,
+    given: Mapping[str, Float[np.ndarray, "steps n ..."]],
+    progress: Progress | None,
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """Pictures of captions and image embeddings, which by default the prior makes.
+
+    ``given`` is the noise that networks shall not draw from the seed.
+    """
+    count = len(tokens)
+    empty = model.tokenizer.encode([""], tokens.shape[1])
+    keys = picture_keys(seed, count)
 
     def some(rows: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
-        place = NamedSharding(model.devices, PartitionSpec("data"))
-        done = int(rows[-1]) + 1
+        def place(x: Any) -> Array:
+            return jax.device_put(x, spread(model))
+
+        def randomness(part: str) -> Array:
+            """What a network's noise follows from: keys, or noise drawn elsewhere."""
+            if part not in given:
+                return place(keys[rows])
+            # The pictures go first, where they are split over the devices.
+            return place(np.moveaxis(given[part][:, rows], 1, 0))
 
         def tell(stage: str, result: Array) -> Array:
+            # Waits, so that no two networks are on the devices if they are offloaded.
+            result.block_until_ready()
             if progress is not None:
-                result.block_until_ready()
-                progress(stage, done, len(tokens))
+                progress(stage, int(rows[-1]) + 1, count)
             return result
 
-        key, words = jax.device_put((keys[rows], tokens[rows]), place)
+        words = place(tokens[rows])
         caption = encode_caption(model.clip, words)
         null = encode_caption(model.clip, jnp.broadcast_to(empty, words.shape))
-        z = tell("prior", sample_prior(model.prior, caption, null, key, mean, std))
-        x = tell("decoder", sample_decoder(model.decoder, z, caption, null, key))
+        if z_image is not None:
+            z = place(z_image[rows])
+        else:
+            mean, std = jnp.asarray(model.z_image_mean), jnp.asarray(model.z_image_std)
+            z = sample_prior(model.prior, caption, null, randomness("prior"), mean, std)
+            tell("prior", z)
+        x = sample_decoder(model.decoder, z, caption, null, randomness("decoder"))
+        tell("decoder", x)
         for part in model.upsamplers:
-            x = tell(f"upsampler {part.size}", sample_upsampler(part, x, key))
+            name = f"upsampler {part.size}"
+            x = tell(name, sample_upsampler(part, x, randomness(name)))
         return np.asarray(image.to_uint8(x))
 
-    return in_batches(some, len(tokens), model.devices.size)
+    return in_batches(some, count, model.devices.size, BATCH)
 
 
 def picture_keys(seed: int, count: int) -> Key[Array, " count"]:
@@ -94,38 +168,19 @@ def picture_keys(seed: int, count: int) -> Key[Array, " count"]:
     )
 
 
-def in_batches(
-    some: Callable[[np.ndarray], np.ndarray], count: int, devices: int
-) -> np.ndarray:
-    """Calls ``some`` with the numbers of the pictures to make, a batch at a time.
-
-    All batches have one size, so that each network is compiled once; where the pictures
-    do not fill the last one, the last picture is repeated.
-    """
-    batch = min(BATCH * devices, -(-count // devices) * devices)
-    results = []
-    for start in range(0, count, batch):
-        rows = np.minimum(np.arange(start, start + batch), count - 1)
-        results.append(some(rows))
-    return np.concatenate(results)[:count]
-
-
 # Each network's whole loop is one compiled function. A picture's key is split by
 # network, so that a different number of steps in one leaves the others' noise alone.
 
 _PRIOR, _DECODER, _UPSAMPLER = range(3)
 
-
-def _draw(keys: Key[Array, " b"], network: int, shape: tuple[int, ...]) -> sample.Draw:
-    return sample.gaussian(
-        jax.vmap(jax.random.fold_in, (0, None))(keys, network), shape
-    )
+Randomness = Key[Array, " b"] | Float[Array, "b steps ..."]
 
 
-@jax.jit
-def encode_caption(clip: Part, tokens: Int[Array, "b l"]) -> Caption:
-    """What the prior and the decoder read of captions."""
-    return clip.network.apply({"params": clip.params}, tokens, method="encode_caption")
+def _draw(randomness: Randomness, network: int, shape: tuple[int, ...]) -> sample.Draw:
+    if not jax.dtypes.issubdtype(randomness.dtype, jax.dtypes.prng_key):
+        return sample.replay(jnp.moveaxis(randomness, 1, 0))
+    keys = jax.vmap(jax.random.fold_in, (0, None))(randomness, network)
+    return sample.gaussian(keys, shape)
 
 
 @jax.jit
@@ -133,17 +188,20 @@ def sample_prior(
     prior: Part,
     caption: Caption,
     null: Caption,
-    keys: Key[Array, " b"],
+    randomness: Randomness,
     mean: Float[Array, " d"],
     std: Float[Array, " d"],
 ) -> Float[Array, "b d"]:
-    """z_image of captions; ``null`` is the empty caption, for guidance."""
+    """z_image of captions; ``null`` is the empty caption, for guidance.
+
+    ``randomness`` is a key for each, or the noise itself (see `text_to_image`).
+    """
 
     def apply(x_t: Array, t: Array, caption: Caption) -> Array:
         conditions = caption.z_text, caption.states, caption.mask
         return prior.network.apply({"params": prior.params}, x_t, t, *conditions)
 
-    draw = _draw(keys, _PRIOR, mean.shape)
+    draw = _draw(randomness, _PRIOR, mean.shape)
     z = generate.generate(apply, caption, null, draw, prior.diffusion, prior.sampling)
     return z * std + mean
 
@@ -154,7 +212,7 @@ def sample_decoder(
     z_image: Float[Array, "b d"],
     caption: Caption,
     null: Caption,
-    keys: Key[Array, " b"],
+    randomness: Randomness,
 ) -> Float[Array, "b h w 3"]:
     """Pictures in [-1, 1] of image embeddings and captions."""
     variables = {"params": decoder.params}
@@ -172,7 +230,7 @@ def sample_decoder(
         apply,
         context(True, caption),
         context(False, null),
-        _draw(keys, _DECODER, (decoder.size, decoder.size, 3)),
+        _draw(randomness, _DECODER, (decoder.size, decoder.size, 3)),
         decoder.diffusion,
         decoder.sampling,
     )
@@ -180,31 +238,46 @@ def sample_decoder(
 
 @jax.jit
 def sample_upsampler(
-    upsampler: Part, low: Float[Array, "b h w 3"], keys: Key[Array, " b"]
+    upsampler: Part, low: Float[Array, "b h w 3"], randomness: Randomness
 ) -> Float[Array, "b s s 3"]:
     """Pictures of ``upsampler.size`` from those of ``upsampler.low_size``."""
-    # Seen as a file would hold it (GLIDE does so), which also clips it.
-    low = image.to_float(image.to_uint8(low))
-    low = image.resize(low, upsampler.size)
+    if upsampler.sampling["round_low"]:  # as a file would hold it; GLIDE does so
+        low = image.to_float(image.to_uint8(low))
+    low = image.resize(jnp.clip(low, -1, 1), upsampler.size)
 
-    def apply(x_t: Array, t: Array, low: Array) -> Array:
-        x = jnp.concatenate([x_t, low], axis=-1)
-        return upsampler.network.apply({"params": upsampler.params}, x, t)
+    def network(params: Any) -> generate.Apply:
+        def apply(x_t: Array, t: Array, low: Array) -> Array:
+            x = jnp.concatenate([x_t, low], axis=-1)
+            return upsampler.network.apply({"params": params}, x, t)
 
-    draw = _draw(keys, _UPSAMPLER + upsampler.size, low.shape[1:])
-    settings = upsampler.diffusion, upsampler.sampling
-    return generate.generate(apply, low, None, draw, *settings)
+        return apply
+
+    draw = _draw(randomness, _UPSAMPLER + upsampler.size, low.shape[1:])
+    return generate.generate(
+        network(upsampler.params),
+        low,
+        None,
+        draw,
+        upsampler.diffusion,
+        upsampler.sampling,
+        last=None if upsampler.last is None else network(upsampler.last),
+    )
 
 
 # What the caller asks for, checked and put into the model.
 
+_STAGES = ("prior", "decoder", "upsampler")
 
-def _check(prompts: Sequence[str], num: int, seed: int) -> None:
+
+def _check_prompts(prompts: Sequence[str]) -> None:
     if not prompts:
         raise UserError("no prompt: give at least one caption")
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"the prompt {prompt!r} is empty: say what to show")
+
+
+def _check(num: int, seed: int) -> None:
     if num < 1:
         raise UserError(f"num={num}: the number of pictures must be at least 1")
     if not 0 <= seed < 2**32:
@@ -228,9 +301,10 @@ def _cut(model: Model, size: int | None) -> Model:
     return model._replace(upsamplers=used)
 
 
-def _set(model: Model, setting: str, values: Mapping[str, Any]) -> Model:
+def _set(
+    model: Model, setting: str, values: Mapping[str, Any], allowed: Sequence[str]
+) -> Model:
     """The model with a sampling setting changed for the networks named."""
-    allowed = ("prior", "decoder", "upsampler")[: 3 if setting == "steps" else 2]
     for name in values:
         if name not in allowed:
             raise UserError(f"{setting} for {name!r}: give it for {', '.join(allowed)}")
@@ -258,8 +332,43 @@ def _set(model: Model, setting: str, values: Mapping[str, Any]) -> Model:
 
 def _changed(part: Part, setting: str, value: Any, name: str) -> Part:
     if setting == "steps":
-        table = schedule.make(part.diffusion["schedule"], part.diffusion["steps"])
-        schedule.respace(table, value)  # raises a UserError if it is no choice of steps
+        _table(part, value)
     elif not isinstance(value, int | float) or not value >= 0:
         raise UserError(f"guidance of the {name} is {value!r}: must be 0 or more")
     return part.replace(sampling=part.sampling.copy({setting: value}))
+
+
+def _given(
+    model: Model, noise: Mapping[str, Any], count: int, allowed: Sequence[str]
+) -> dict[str, Float[np.ndarray, "steps n ..."]]:
+    """The noise that the caller gives, by network, checked."""
+    given = {}
+    for name, arrays in noise.items():
+        if name not in allowed:
+            raise UserError(f"noise for {name!r}: give it for {', '.join(allowed)}")
+        if name == "upsampler":
+            parts = model.upsamplers
+        else:
+            parts, arrays = (getattr(model, name),), (arrays,)
+        if len(arrays) != len(parts):
+            raise UserError(
+                f"noise for {len(arrays)} upsamplers: there are {len(parts)} to run"
+            )
+        for part, array in zip(parts, arrays, strict=True):
+            array = np.asarray(array, np.float32)
+            steps = _table(part, part.sampling["steps"]).steps
+            side = (part.size, part.size, 3)
+            shape = (part.network.clip_dim,) if name == "prior" else side
+            if array.shape != (steps, count, *shape):
+                raise UserError(
+                    f"noise of the {name} is {list(array.shape)}: must be "
+                    f"{[steps, count, *shape]} (steps, pictures, ...)"
+                )
+            given[f"upsampler {part.size}" if name == "upsampler" else name] = array
+    return given
+
+
+def _table(part: Part, steps: Any) -> schedule.Schedule:
+    """The schedule of a network at its sampling steps; a UserError if it has none."""
+    table = schedule.make(part.diffusion["schedule"], part.diffusion["steps"])
+    return schedule.respace(table, steps)

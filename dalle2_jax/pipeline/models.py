@@ -1,20 +1,22 @@
 """A model as sampling uses it: its networks, their parameters and settings."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict, freeze
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from dalle2_jax import checkpoint
 from dalle2_jax.data import tokenizer
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn import abstract
 from dalle2_jax.nn.clip import CLIP
 from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.prior import DiffusionPrior
@@ -25,13 +27,14 @@ static = partial(flax.struct.field, pytree_node=False)
 
 @flax.struct.dataclass
 class Part:
-    """A network with its parameters, on the devices, and how it is sampled.
+    """A network with its parameters, and how it is sampled.
 
     A pytree of the parameters: all else is static, so that a part can be an argument of
     a jitted function.
 
     ``diffusion`` and ``sampling`` are the sections that diffusion.generate explains;
     ``size`` is the side of the pictures it makes, ``low_size`` of those it is given.
+    ``last`` are the params of a second network of the kind for the last step, if any.
     """
 
     params: Any
@@ -40,6 +43,7 @@ class Part:
     sampling: FrozenDict = static()
     size: int | None = static()
     low_size: int | None = static()
+    last: Any = None
 
 
 class Model(NamedTuple):
@@ -72,38 +76,69 @@ class Model(NamedTuple):
 _NETWORKS = {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder}
 
 
-def load(*paths: str | Path) -> Model:
-    """Loads a model that train.py exported.
+def mesh() -> Mesh:
+    """All devices, over which pictures are spread."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def placer(
+    devices: Mesh, dtype: DTypeLike = jnp.float32, offload: bool = False
+) -> checkpoint.Place:
+    """Where params go as they are read: cast, and onto every device.
+
+    With ``offload`` they stay in the host's memory, from which each network goes to the
+    devices when it runs, and leaves them when it is done.
+    """
+    everywhere = NamedSharding(devices, PartitionSpec())
+
+    def place(array: np.ndarray) -> Any:
+        array = np.asarray(array, dtype)
+        return array if offload else jax.device_put(array, everywhere)
+
+    return place
+
+
+def assemble(
+    exports: Sequence[tuple[str, checkpoint.Export]],
+    devices: Mesh,
+    dtype: DTypeLike = jnp.float32,
+) -> Model:
+    """A model of what was read.
 
     Args:
-      paths: none for the bundled model, or a model's directory; several are put
-        together, and of parts that more than one has the last is taken.
+      exports: where each is from, and itself; several are put together, and of parts
+        that more than one has the last is taken. But a CLIP with both towers goes
+        before one that has only the text's.
+      devices: where pictures are made.
+      dtype: of the networks' activations.
 
     Raises:
-      UserError: a path is not a model, a file is damaged, or names and shapes do not
-        fit the networks that its config describes.
+      UserError: names and shapes do not fit the networks that a config describes.
     """
-    read = [checkpoint.load(path) for path in paths or (checkpoint.BUNDLED,)]
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    parts: dict[str, Part] = {}
-    statistics: dict[str, Any] = {}
-    text = None
-    for model, path in zip(read, paths or (checkpoint.BUNDLED,), strict=True):
-        for name, section in model.config["parts"].items():
-            parts[name] = _part(name, section, model.params[name], mesh, path)
-        statistics |= model.statistics
-        text = model.tokenizer_dir or text
-    upsamplers = [part for name, part in parts.items() if name.startswith("upsampler")]
+    model = checkpoint.merge([export for _, export in exports])
+    path = " + ".join(where for where, _ in exports)
+    parts = {
+        name: _part(name, section, model.params[name], dtype, path)
+        for name, section in model.config["parts"].items()
+    }
+    upsamplers = [
+        part.replace(last=parts[f"{name}_last"].params)
+        if f"{name}_last" in parts
+        else part
+        for name, part in parts.items()
+        if name.startswith("upsampler") and not name.endswith("_last")
+    ]
+    text = model.tokenizer_dir
     return Model(
-        path=" + ".join(map(str, paths)) or "bundled",
+        path=path,
         tokenizer=tokenizer.load(text) if text else None,
         clip=parts.get("clip"),
         prior=parts.get("prior"),
         decoder=parts.get("decoder"),
         upsamplers=tuple(sorted(upsamplers, key=lambda part: part.size)),
-        z_image_mean=statistics.get("z_image_mean"),
-        z_image_std=statistics.get("z_image_std"),
-        devices=mesh,
+        z_image_mean=model.statistics.get("z_image_mean"),
+        z_image_std=model.statistics.get("z_image_std"),
+        devices=devices,
     )
 
 
@@ -117,18 +152,30 @@ def require(model: Model, *names: str) -> None:
         )
 
 
+def in_batches(
+    some: Callable[[np.ndarray], np.ndarray], count: int, devices: int, most: int
+) -> np.ndarray:
+    """Calls ``some`` with the numbers of the rows to make, a batch at a time.
+
+    All batches have one size, of at most ``most`` a device, so that each network is
+    compiled once; where the rows do not fill the last one, the last row is repeated.
+    """
+    batch = min(most * devices, -(-count // devices) * devices)
+    results = []
+    for start in range(0, count, batch):
+        rows = np.minimum(np.arange(start, start + batch), count - 1)
+        results.append(some(rows))
+    return np.concatenate(results)[:count]
+
+
 def _part(
-    name: str, section: Mapping[str, Any], params: Any, mesh: Mesh, path: str | Path
+    name: str, section: Mapping[str, Any], params: Any, dtype: DTypeLike, path: str
 ) -> Part:
-    network = _NETWORKS.get(name, UNet)(**freeze(section["net"]))
-    abstract = jax.eval_shape(
-        lambda: network.init(jax.random.key(0), *network.example())["params"]
-    )
-    checkpoint.check(params, abstract, Path(path) / f"{name}.safetensors")
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    network = _NETWORKS.get(name, UNet)(**freeze(section["net"]), dtype=dtype)
+    checkpoint.check(params, abstract(network), f"{name} of {path}")
     return Part(
         network=network,
-        params=jax.device_put(params, NamedSharding(mesh, PartitionSpec())),
+        params=params,
         diffusion=freeze(section.get("diffusion", {})),
         sampling=freeze(section.get("sampling", {})),
         size=section.get("size"),

@@ -3,18 +3,32 @@
     python tests/golden/make.py        (needs the parity extra)
 
 NAME.npz holds "weights/…" under the peer's own names, "inputs/…" and "outputs/…".
-Weights are numbers that float16 can hold, and are stored as such.
+Weights are numbers that float16 can hold, and are stored as such. What is made of whole
+pipelines has "configs/…" too, the text of the JSON files of their folders.
 """
 
-from collections.abc import Callable
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
-from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
-from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
+from diffusers import (
+    PriorTransformer,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.pipelines.deprecated import unclip
+from diffusers.pipelines.deprecated.unclip import text_proj
+from diffusers.schedulers import scheduling_unclip
+from PIL import Image
 from torch import nn
+
+from dalle2_jax.data import tokenizer
 
 Arrays = dict[str, np.ndarray]
 
@@ -137,7 +151,7 @@ def decoder() -> Arrays:
     The first half of the batch has the null image embedding.
     """
     rng = np.random.default_rng(2)
-    projections = UnCLIPTextProjModel(
+    projections = text_proj.UnCLIPTextProjModel(
         clip_embeddings_dim=10, time_embed_dim=16, cross_attention_dim=12
     )
     unet = UNet2DConditionModel(
@@ -212,11 +226,180 @@ def upsampler() -> Arrays:
     return pack(weights, inputs, {"sample": model(**tensors(inputs)).sample})
 
 
+TEXTS = ("a red circle", "ab")
+STEPS = {"prior": 4, "decoder": 5, "upsampler": 4}
+
+
+def networks() -> dict[str, nn.Module]:
+    """The networks of both of Karlo's pipelines, as small as they can be."""
+    tower = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "hidden_act": "quick_gelu",
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "projection_dim": 16,
+    }
+    text = transformers.CLIPTextConfig(
+        vocab_size=tokenizer.SMALLEST,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.SMALLEST - 2,
+        eos_token_id=tokenizer.SMALLEST - 1,
+        **tower,
+    )
+    vision = transformers.CLIPVisionConfig(image_size=12, patch_size=4, **tower)
+    shared = {
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+    }
+    decoder = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=6,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        attention_head_dim=8,
+        cross_attention_dim=12,
+        resnet_time_scale_shift="scale_shift",
+        class_embed_type="identity",
+        **shared,
+    )
+
+    def upsampler() -> nn.Module:
+        return UNet2DModel(
+            sample_size=16,
+            in_channels=6,
+            out_channels=3,
+            down_block_types=("ResnetDownsampleBlock2D",) * 2,
+            up_block_types=("ResnetUpsampleBlock2D",) * 2,
+            add_attention=False,
+            resnet_time_scale_shift="default",
+            **shared,
+        )
+
+    return {
+        "text_encoder": transformers.CLIPTextModelWithProjection(text),
+        "image_encoder": transformers.CLIPVisionModelWithProjection(vision),
+        "prior": PriorTransformer(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            embedding_dim=16,
+            num_embeddings=16,
+        ),
+        "text_proj": text_proj.UnCLIPTextProjModel(
+            clip_embeddings_dim=16, time_embed_dim=32, cross_attention_dim=12
+        ),
+        "decoder": decoder,
+        "super_res_first": upsampler(),
+        "super_res_last": upsampler(),
+    }
+
+
+def pipelines() -> tuple[dict[str, object], Arrays]:
+    """Karlo's two pipelines with the same networks, and their weights."""
+    parts = networks()
+    weights = randomise(nn.ModuleDict(parts), np.random.default_rng(4))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.train([""], tokenizer.SMALLEST, 16).save(folder)
+        words = transformers.CLIPTokenizer.from_pretrained(folder)
+    parts |= {
+        "tokenizer": words,
+        "feature_extractor": transformers.CLIPImageProcessorPil(
+            size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}
+        ),
+        "prior_scheduler": UnCLIPScheduler(
+            variance_type="fixed_small_log",
+            prediction_type="sample",
+            clip_sample_range=5.0,
+        ),
+        "decoder_scheduler": UnCLIPScheduler(variance_type="learned_range"),
+        "super_res_scheduler": UnCLIPScheduler(variance_type="fixed_small_log"),
+    }
+
+    def make(kind: type, *absent: str) -> object:
+        pipeline = kind(**{k: v for k, v in parts.items() if k not in absent})
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return {
+        "text_to_image": make(
+            unclip.UnCLIPPipeline, "image_encoder", "feature_extractor"
+        ),
+        "variations": make(
+            unclip.UnCLIPImageVariationPipeline, "prior", "prior_scheduler"
+        ),
+    }, weights
+
+
+def replaying(noise: Iterator[np.ndarray]) -> contextlib.ExitStack:
+    """Lets diffusers draw this noise, an entry at a time."""
+
+    def draw(shape: tuple[int, ...], **_: object) -> torch.Tensor:
+        entry = next(noise)
+        entry = entry if entry.ndim == 2 else entry.transpose(0, 3, 1, 2)
+        assert entry.shape == tuple(shape)
+        return torch.tensor(entry)
+
+    modules = (scheduling_unclip, unclip.pipeline_unclip)
+    modules += (unclip.pipeline_unclip_image_variation,)
+    stack = contextlib.ExitStack()
+    for module in modules:
+        stack.enter_context(mock.patch.object(module, "randn_tensor", draw))
+    return stack
+
+
+def pipeline() -> Arrays:
+    """Both pipelines, from the same noise."""
+    made, weights = pipelines()
+    rng = np.random.default_rng(5)
+    n = len(TEXTS)
+    inputs = {
+        "prior": normal(rng, STEPS["prior"], n, 16),
+        "decoder": normal(rng, STEPS["decoder"], n, 8, 8, 3),
+        "upsampler": normal(rng, STEPS["upsampler"], n, 16, 16, 3),
+        "picture": rng.integers(0, 256, (20, 31, 3)).astype(np.uint8),
+    }
+    settings = {
+        "decoder_num_inference_steps": STEPS["decoder"],
+        "super_res_num_inference_steps": STEPS["upsampler"],
+        "output_type": "np",
+    }
+    noise = [*inputs["prior"], *inputs["decoder"], *inputs["upsampler"]]
+    with replaying(iter(noise)):
+        pictures = made["text_to_image"](
+            list(TEXTS), prior_num_inference_steps=STEPS["prior"], **settings
+        ).images
+    with replaying(iter(noise[STEPS["prior"] :])):
+        varied = made["variations"](
+            Image.fromarray(inputs["picture"]), num_images_per_prompt=n, **settings
+        ).images
+    arrays = pack(weights, inputs, {"text_to_image": pictures, "variations": varied})
+    for name, one in made.items():
+        for path, text in configs(one).items():
+            arrays[f"configs/{name}/{path}"] = np.array(text)
+    return arrays
+
+
+def configs(pipeline: object) -> dict[str, str]:
+    """The JSON files of a pipeline's folder, less the tokenizer's."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.save_pretrained(folder)
+        return {
+            str(path.relative_to(folder)): path.read_text()
+            for path in sorted(Path(folder).rglob("*.json"))
+            if path.parent.name != "tokenizer"
+        }
+
+
 MAKERS: dict[str, Callable[[], Arrays]] = {
     "clip": clip,
     "prior": prior,
     "decoder": decoder,
     "upsampler": upsampler,
+    "pipeline": pipeline,
 }
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The reference arrays, and the peers' weights laid out as our networks' params."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from safetensors.numpy import save_file
 
 from dalle2_jax.convert import table, weights
+from dalle2_jax.data import tokenizer
+from dalle2_jax.nn import abstract
 
 Weights = dict[str, np.ndarray]
 Params = dict[str, Any]
@@ -18,6 +22,27 @@ def load(name: str) -> Weights:
     """The arrays that make.py stored under a name."""
     with np.load(Path(__file__).with_name(f"{name}.npz")) as file:
         return dict(file)
+
+
+def write_pipeline(folder: Path, name: str) -> Weights:
+    """Writes a stored pipeline as diffusers does, and returns all stored arrays.
+
+    Args:
+      folder: where to.
+      name: "text_to_image" or "variations".
+    """
+    arrays = load("pipeline")
+    for path, text in below(arrays, f"configs/{name}/").items():
+        path = folder / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(text))
+        found = below(arrays, f"weights/{path.parent.name}.")
+        if found:
+            kind = json.loads(path.read_text()).get("model_type", "")
+            stem = "model" if kind.startswith("clip") else "diffusion_pytorch_model"
+            save_file(found, path.with_name(f"{stem}.safetensors"))
+    tokenizer.train([""], tokenizer.SMALLEST, 16).save(folder / "tokenizer")
+    return arrays
 
 
 def unpack(
@@ -47,8 +72,7 @@ def params(names: table.Table, network: Any, arrays: Weights, **options: Any) ->
 
     Every weight is used, and every parameter found, or it is a UserError.
     """
-    shapes = {name: value.shape for name, value in arrays.items()}
-    found = weights.Weights(Path("the peer"), shapes, arrays.__getitem__)
+    found = weights.of(Path("the peer"), arrays)
     return table.to_ours(names, network, found, **options)
 
 
@@ -60,9 +84,7 @@ def size(tree: Any) -> int:
 def assert_fits(model: Any, params: Params) -> None:
     """The params have the names, shapes and dtypes of the network's own."""
     described = jax.tree.map(lambda x: (x.shape, x.dtype), params)
-    assert described == jax.tree.map(
-        lambda x: (x.shape, x.dtype), table.abstract(model)
-    )
+    assert described == jax.tree.map(lambda x: (x.shape, x.dtype), abstract(model))
 
 
 def assert_close(actual: Array, expected: Array, tolerance: float) -> None:

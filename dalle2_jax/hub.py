@@ -1,0 +1,117 @@
+"""Models by path or by name: whatever their format, here or on the Hugging Face hub."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from dalle2_jax import checkpoint
+from dalle2_jax.convert import karlo, openai_clip, weights
+from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.pipeline import models
+
+# What is fetched of a repository: never a copy of the weights in another format, or in
+# half precision. Pickles only where there is nothing else.
+FILES = ("*.json", "*.txt", "*.safetensors")
+PICKLES = ("*.bin",)
+COPIES = ("*.fp16.*", "*.non_ema.*", "*/.*")
+
+
+def load(
+    *paths: str | Path, dtype: str = "float32", offload: bool = False
+) -> models.Model:
+    """Loads a model, replicated over all devices.
+
+    Weights are read one at a time and cast at once, so that memory holds no more than
+    the model in ``dtype``, and one weight.
+
+    Args:
+      paths: of each a directory or a hub id: an exported model, a folder of a diffusers
+        unCLIP pipeline ("kakaobrain/karlo-v1-alpha"), or of a transformers CLIPModel
+        ("openai/clip-vit-large-patch14"). None at all: the bundled model. Several are
+        put together, and of parts that more than one has the last is taken. But a CLIP
+        with both towers goes before one that has only the text's.
+      dtype: of the params and the activations: "float32", "bfloat16" or "float16".
+      offload: keep the params in the host's memory, and on the devices only those of
+        the network that runs.
+
+    Raises:
+      UserError: a path is not a model and cannot be fetched, a file is damaged, or
+        names and shapes do not fit the networks that its config describes.
+    """
+    return _load(paths or (checkpoint.BUNDLED,), dtype, offload, None)
+
+
+def load_clip(path: str | Path, *, dtype: str = "float32") -> models.Model:
+    """Loads CLIP alone, for `encode_text` and `encode_image`; of any of those formats.
+
+    Args and Raises: see `load`.
+    """
+    model = _load((path,), dtype, False, ("clip",))
+    models.require(model, "clip")
+    return model
+
+
+def _load(
+    paths: Sequence[str | Path],
+    dtype: str,
+    offload: bool,
+    only: Sequence[str] | None,
+) -> models.Model:
+    if dtype not in weights.DTYPES:
+        raise UserError(f"dtype={dtype!r}: must be one of {', '.join(weights.DTYPES)}")
+    devices = models.mesh()
+    place = models.placer(devices, jnp.dtype(dtype), offload)
+    exports = [
+        (
+            "bundled" if path == checkpoint.BUNDLED else str(path),
+            _read(find(path), place, only),
+        )
+        for path in paths
+    ]
+    return models.assemble(exports, devices, jnp.dtype(dtype))
+
+
+def _read(
+    folder: Path, place: checkpoint.Place, only: Sequence[str] | None
+) -> checkpoint.Export:
+    if (folder / "model_index.json").is_file():
+        return karlo.read(folder, place, only)
+    config = folder / "config.json"
+    if config.is_file() and "model_type" in weights.read_json(config):
+        return openai_clip.read(folder, place)
+    return checkpoint.load(folder, place, only)
+
+
+def find(path: str | Path) -> Path:
+    """The directory of a model: itself, or the hub's files of that name.
+
+    Raises:
+      UserError: there is no such directory, and the hub has no such name, or can't be
+        reached and the files are not in its cache.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: Sequence[str]) -> Path:
+        return Path(
+            snapshot_download(
+                str(path), allow_patterns=list(patterns), ignore_patterns=list(COPIES)
+            )
+        )
+
+    try:
+        found = fetch(FILES)
+        if not any(found.rglob("*.safetensors")):
+            found = fetch(FILES + PICKLES)
+        return found
+    # It raises errors of its own, of the network's and of the file system's.
+    except Exception as error:
+        raise UserError(
+            f"{path} is no directory here, and can't be fetched from the Hugging Face "
+            f"hub ({first_line(error)}): check the name and the connection, or "
+            "download it elsewhere and give its directory"
+        ) from error

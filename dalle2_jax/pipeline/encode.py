@@ -1,0 +1,91 @@
+"""CLIP alone: embeddings of captions and of pictures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, UInt8
+
+from dalle2_jax.data import image
+from dalle2_jax.errors import UserError
+from dalle2_jax.nn.clip import Caption
+from dalle2_jax.pipeline.models import Model, Part, in_batches, require
+
+BATCH = 64  # the most captions or pictures at once on a device
+
+
+def encode_text(clip: Model, texts: str | Sequence[str]) -> Float[np.ndarray, "n d"]:
+    """CLIP embeddings of captions, not normalised to unit length, float32.
+
+    Args:
+      clip: from `load_clip`, or any model with a CLIP.
+      texts: captions; one that is too long is cut, with a warning.
+
+    Raises:
+      UserError: there are no captions, or the model has no CLIP.
+    """
+    require(clip, "tokenizer", "clip")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts:
+        raise UserError("no captions: give at least one")
+    tokens = clip.tokenizer.encode(texts, clip.clip.network.context_length)
+
+    def some(rows: np.ndarray) -> np.ndarray:
+        words = jax.device_put(tokens[rows], spread(clip))
+        return np.asarray(encode_caption(clip.clip, words).z_text)
+
+    return in_batches(some, len(tokens), clip.devices.size, BATCH)
+
+
+def encode_image(clip: Model, images: Any) -> Float[np.ndarray, "n d"]:
+    """CLIP embeddings of pictures, not normalised to unit length, float32.
+
+    Args:
+      clip: from `load_clip`, or any model whose CLIP has its image tower.
+      images: a picture or a sequence of them, each a PIL image, an array uint8
+        [h, w, 3], or the path of a file; of any size. They are resized, cropped and
+        normalised as transformers' CLIPImageProcessor does.
+
+    Raises:
+      UserError: a picture can't be read, or the model has no image tower.
+    """
+    require(clip, "clip")
+    network = clip.clip.network
+    if network.image_size is None:
+        raise UserError(
+            f"the CLIP of {clip.path} has no image tower: load it together with the "
+            "CLIP that it was trained with (for Karlo openai/clip-vit-large-patch14)"
+        )
+    single = not isinstance(images, Sequence) or isinstance(images, str | bytes)
+    images = [images] if single and np.ndim(images) != 4 else list(images)
+    if not images:
+        raise UserError("no pictures: give at least one")
+    pictures = np.stack([image.clip_input(x, network.image_size) for x in images])
+
+    def some(rows: np.ndarray) -> np.ndarray:
+        seen = jax.device_put(pictures[rows], spread(clip))
+        return np.asarray(encode_pictures(clip.clip, seen))
+
+    return in_batches(some, len(pictures), clip.devices.size, BATCH)
+
+
+def spread(model: Model) -> NamedSharding:
+    """A batch split over the model's devices."""
+    return NamedSharding(model.devices, PartitionSpec("data"))
+
+
+@jax.jit
+def encode_caption(clip: Part, tokens: Int[Array, "b l"]) -> Caption:
+    """What the prior and the decoder read of captions."""
+    return clip.network.apply({"params": clip.params}, tokens, method="encode_caption")
+
+
+@jax.jit
+def encode_pictures(
+    clip: Part, pictures: UInt8[Array, "b s s 3"]
+) -> Float[Array, "b d"]:
+    """z_image of pictures of CLIP's size."""
+    pictures = image.clip_normalize(image.to_float(pictures))
+    return clip.network.apply({"params": clip.params}, pictures, method="encode_image")
