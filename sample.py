@@ -11,7 +11,15 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.flags import run
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be repeated.")
-MODEL = flags.DEFINE_string("model", "", "A model's directory (the bundled model).")
+MODEL = flags.DEFINE_string(
+    "model", "", "A model's directory or its name on a hub (the bundled model)."
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "What to compute in."
+)
+OFFLOAD = flags.DEFINE_bool(
+    "offload", False, "Keep on the device only the network that runs."
+)
 NUM = flags.DEFINE_integer("num", 4, "Pictures of each prompt.")
 SEED = flags.DEFINE_integer("seed", 0, "Another seed, other pictures.")
 SIZE = flags.DEFINE_integer("size", None, "Side in pixels (the largest possible).")
@@ -60,7 +68,9 @@ def main() -> None:
     from dalle2_jax.train.cache import use_compilation_cache
 
     use_compilation_cache()
-    model = dalle2_jax.load(*filter(None, [MODEL.value]))
+    model = dalle2_jax.load(
+        *filter(None, [MODEL.value]), dtype=DTYPE.value, offload=OFFLOAD.value
+    )
     out = make_directory(OUT.value)
     with Progress(
         *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn()

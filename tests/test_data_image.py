@@ -225,3 +225,17 @@ def test_blur_mirrors_at_the_border():
         image.gaussian_blur(wide, 5, 1.0)[:, 2:-2, 2:-2],
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("shape", [(40, 61), (61, 40), (7, 5), (24, 24), (500, 29)])
+def test_clip_sees_what_transformers_shows_it(shape):
+    """Their processor, in the form that works with Pillow, here without PyTorch."""
+    transformers = pytest.importorskip("transformers")
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    processor = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+    )
+    theirs = processor(Image.fromarray(picture), return_tensors="np").pixel_values
+    ours = image.clip_input(picture, 24)[None]
+    normal = image.clip_normalize(image.to_float(jnp.asarray(ours)))
+    np.testing.assert_allclose(normal, theirs.transpose(0, 2, 3, 1), atol=1e-5)

@@ -20,10 +20,10 @@ def apply(x_t, t, cond):
     return cond + 0.0 * x_t + 1e-5 * t[:, None]
 
 
-def run(**changes):
+def run(last=None, **changes):
     draw = sample.gaussian(jax.random.split(jax.random.key(0), 3), (4,))
     settings = SAMPLING | changes
-    return generate.generate(apply, COND, NULL, draw, DIFFUSION, settings)
+    return generate.generate(apply, COND, NULL, draw, DIFFUSION, settings, last)
 
 
 def by_hand(call):
@@ -60,6 +60,19 @@ def test_guidance_and_clipping():
     # Imagen's threshold at the 100th percentile scales the largest value to the limit.
     thresholded = run(guidance=30.0, threshold=100.0)
     np.testing.assert_allclose(thresholded, 1.0, atol=1e-6)
+
+
+def test_the_last_step_may_have_a_network_of_its_own():
+    """It alone decides the outcome, from what the other one left."""
+    seen = []
+
+    def last(x_t, t, cond):
+        jax.debug.callback(lambda t: seen.append(t), t)
+        return -cond + 0.0 * x_t
+
+    np.testing.assert_allclose(run(last), -0.8, atol=1e-6)
+    jax.effects_barrier()
+    assert [set(t) for t in np.asarray(seen).tolist()] == [{0}]
 
 
 def test_an_unknown_sampler_is_refused():

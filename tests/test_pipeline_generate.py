@@ -112,3 +112,62 @@ def test_a_model_without_a_part_is_refused(tiny_models):
     model = dalle2_jax.load(tiny_models["prior"])
     with pytest.raises(UserError, match="has no decoder"):
         dalle2_jax.text_to_image(model, RED)
+
+
+def test_variations_of_a_picture(model):
+    picture = dalle2_jax.text_to_image(model, RED)[0]
+    varied = dalle2_jax.variations(model, picture, num=3, size=16)
+    assert varied.shape == (3, 16, 16, 3) and varied.dtype == np.uint8
+    assert len({p.tobytes() for p in varied}) == 3
+    again = dalle2_jax.variations(model, picture, num=2, size=16)
+    assert_same_pictures(again, varied[:2])
+    other = dalle2_jax.variations(model, 255 - picture, num=3, size=16)
+    assert np.abs(other.astype(int) - varied).max() > 1
+
+
+def test_given_noise_takes_the_place_of_the_seed(model):
+    rng = np.random.default_rng(0)
+    shapes = {"prior": (4, 2, 32), "decoder": (4, 2, 16, 16, 3)}
+    noise = {k: rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
+    pictures = [
+        dalle2_jax.text_to_image(model, RED, num=2, seed=s, size=16, noise=noise)
+        for s in (0, 1)
+    ]
+    np.testing.assert_array_equal(*pictures)
+    assert pictures[0][0].tobytes() != pictures[0][1].tobytes()
+    # One network's noise alone: the other's still follows from the seed.
+    noise.pop("prior")
+    pictures = [
+        dalle2_jax.text_to_image(model, RED, num=2, seed=s, size=16, noise=noise)
+        for s in (0, 1)
+    ]
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("noise", "message"),
+    [
+        ({"clip": 0}, "noise for 'clip': give it for prior, decoder, upsampler"),
+        ({"prior": np.zeros((3, 1, 32))}, r"\[3, 1, 32\]: must be \[4, 1, 32\]"),
+        ({"upsampler": ()}, "noise for 0 upsamplers: there are 1"),
+    ],
+)
+def test_noise_that_does_not_fit_is_refused(model, noise, message):
+    with pytest.raises(UserError, match=message):
+        dalle2_jax.text_to_image(model, RED, noise=noise)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num": 0}, "num=0"),
+        ({"steps": {"prior": 3}}, "steps for 'prior': give it for decoder, upsampler"),
+        ({"guidance": {"upsampler": 3.0}}, "guidance for 'upsampler': .* decoder"),
+        ({"noise": {"prior": 0}}, "noise for 'prior'"),
+    ],
+)
+def test_what_cannot_be_varied_is_refused(model, settings, message):
+    with pytest.raises(UserError, match=message):
+        dalle2_jax.variations(model, np.zeros((8, 8, 3), np.uint8), **settings)
+    with pytest.raises(UserError, match="2 pictures: give one"):
+        dalle2_jax.variations(model, np.zeros((2, 8, 8, 3), np.uint8))

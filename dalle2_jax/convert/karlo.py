@@ -112,7 +112,7 @@ def _read_clip(folder: Path, has_images: bool, place: checkpoint.Place) -> Made:
     if has_images:
         vision = _config(folder / "image_encoder")
         vision = CLIPVisionConfig.from_dict(vision).to_dict()
-        given = {"logit_scale": np.float32(_LOGIT_SCALE)}
+        given = {"logit_scale": np.array(_LOGIT_SCALE, np.float32)}
         found.append(("", weights.find(folder / "image_encoder")))
         found.append(("", weights.of(folder, given)))
     net = openai_clip.towers_net(text, vision)

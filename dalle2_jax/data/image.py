@@ -7,6 +7,7 @@ and diffusion see float32 in [-1, 1].
 import io
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,13 +139,11 @@ def crop_square(
     return picture.crop((x, y, x + side, y + side))
 
 
-def clip_input(
-    source: str | os.PathLike | bytes | Image.Image | UInt8[np.ndarray, "h w 3"],
-    size: int,
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def clip_input(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """A picture as CLIP sees it: its shorter side resized, then the middle of it.
 
-    So does transformers' CLIPImageProcessor, to the last bit.
+    So does transformers' CLIPImageProcessor, to the last bit. `source` is an array uint8
+    [h, w, 3], or what `read` takes.
 
     Raises UserError if it is not a picture.
     """

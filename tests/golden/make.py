@@ -334,7 +334,8 @@ def pipelines() -> tuple[dict[str, object], Arrays]:
     }, weights
 
 
-def replaying(noise: Iterator[np.ndarray]) -> contextlib.ExitStack:
+@contextlib.contextmanager
+def replaying(noise: Iterator[np.ndarray]) -> Iterator[None]:
     """Lets diffusers draw this noise, an entry at a time."""
 
     def draw(shape: tuple[int, ...], **_: object) -> torch.Tensor:
@@ -343,12 +344,32 @@ def replaying(noise: Iterator[np.ndarray]) -> contextlib.ExitStack:
         assert entry.shape == tuple(shape)
         return torch.tensor(entry)
 
-    modules = (scheduling_unclip, unclip.pipeline_unclip)
-    modules += (unclip.pipeline_unclip_image_variation,)
-    stack = contextlib.ExitStack()
-    for module in modules:
-        stack.enter_context(mock.patch.object(module, "randn_tensor", draw))
-    return stack
+    with contextlib.ExitStack() as stack:
+        for module in (
+            scheduling_unclip,
+            unclip.pipeline_unclip,
+            unclip.pipeline_unclip_image_variation,
+        ):
+            stack.enter_context(mock.patch.object(module, "randn_tensor", draw))
+        yield
+
+
+def run(name: str, pipeline: object, inputs: Arrays) -> np.ndarray:
+    """The pictures that one of the pipelines makes of the stored noise."""
+    settings = {
+        "decoder_num_inference_steps": STEPS["decoder"],
+        "super_res_num_inference_steps": STEPS["upsampler"],
+        "output_type": "np",
+    }
+    noise = [*inputs["decoder"], *inputs["upsampler"]]
+    if name == "variations":
+        with replaying(iter(noise)):
+            picture = Image.fromarray(inputs["picture"])
+            settings["num_images_per_prompt"] = len(TEXTS)
+            return pipeline(picture, **settings).images
+    settings["prior_num_inference_steps"] = STEPS["prior"]
+    with replaying(iter([*inputs["prior"], *noise])):
+        return pipeline(list(TEXTS), **settings).images
 
 
 def pipeline() -> Arrays:
@@ -362,21 +383,8 @@ def pipeline() -> Arrays:
         "upsampler": normal(rng, STEPS["upsampler"], n, 16, 16, 3),
         "picture": rng.integers(0, 256, (20, 31, 3)).astype(np.uint8),
     }
-    settings = {
-        "decoder_num_inference_steps": STEPS["decoder"],
-        "super_res_num_inference_steps": STEPS["upsampler"],
-        "output_type": "np",
-    }
-    noise = [*inputs["prior"], *inputs["decoder"], *inputs["upsampler"]]
-    with replaying(iter(noise)):
-        pictures = made["text_to_image"](
-            list(TEXTS), prior_num_inference_steps=STEPS["prior"], **settings
-        ).images
-    with replaying(iter(noise[STEPS["prior"] :])):
-        varied = made["variations"](
-            Image.fromarray(inputs["picture"]), num_images_per_prompt=n, **settings
-        ).images
-    arrays = pack(weights, inputs, {"text_to_image": pictures, "variations": varied})
+    outputs = {name: run(name, one, inputs) for name, one in made.items()}
+    arrays = pack(weights, inputs, outputs)
     for name, one in made.items():
         for path, text in configs(one).items():
             arrays[f"configs/{name}/{path}"] = np.array(text)
