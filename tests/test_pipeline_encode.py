@@ -1,4 +1,4 @@
-"""CLIP alone: its embeddings are transformers', of captions and pictures of any kind."""
+"""CLIP alone: its embeddings are those of transformers, of captions and pictures."""
 
 import io
 

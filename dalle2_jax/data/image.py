@@ -142,8 +142,8 @@ def crop_square(
 def clip_input(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """A picture as CLIP sees it: its shorter side resized, then the middle of it.
 
-    So does transformers' CLIPImageProcessor, to the last bit. `source` is an array uint8
-    [h, w, 3], or what `read` takes.
+    So does transformers' CLIPImageProcessor, to the last bit. `source` is an array
+    uint8 [h, w, 3], or what `read` takes.
 
     Raises UserError if it is not a picture.
     """
