@@ -38,6 +38,7 @@ class Stage(NamedTuple):
     metrics: Any
     preview: Any
     export: Any
+    start: Any = None
 
 
 def linear(width=WIDTH, noise=0.01):

@@ -105,7 +105,10 @@ def test_muon_decays_kernels_only():
     "options, message",
     [
         ({"schedule": "cosin"}, "'cosin': it must be one of constant, cosine, linear"),
-        ({"name": "adam"}, "optim.name is 'adam': it must be one of adamw, muon"),
+        (
+            {"name": "adam"},
+            "optim.name is 'adam': it must be one of adamw, muon, adafactor",
+        ),
         ({"learning_rate": -1.0}, "optim.learning_rate is -1.0"),
         ({"warmup": -1}, "optim.warmup is -1"),
         ({"clip_norm": -1.0}, "optim.clip_norm is -1.0"),
