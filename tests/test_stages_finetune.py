@@ -14,7 +14,6 @@ from dalle2_jax.data import tokenizer
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import loop
 from tests.tiny import make_stage
-from train import train
 
 PARTS = {
     "clip": "clip",
@@ -177,13 +176,3 @@ def test_a_model_without_statistics_or_tokenizer(converted, tmp_path):
         make_stage("prior", init_from=str(tmp_path / "prior"))
     with pytest.raises(UserError, match="has no tokenizer: give .*tokenizer.path=DIR"):
         make_stage("clip", init_from=str(tmp_path / "clip"))
-
-
-def test_a_full_run_from_the_command(converted, tmp_path):
-    """train.py itself, upon the config's own values."""
-    config = upsampler.get_config("tiny")
-    config.init_from, config.steps, config.batch_size = str(converted), 0, 8
-    assert train(config, tmp_path)
-    assert_equal(
-        checkpoint.load(tmp_path / "model").params, checkpoint.load(converted).params
-    )

@@ -122,7 +122,7 @@ def train_only(stage: Stage, expression: str) -> Stage:
 def hold_params(stage: Stage, dtype: jnp.dtype) -> Stage:
     """The stage with the params of networks, trained and frozen, in a dtype.
 
-    What is exported isn't rounded: neither the average nor what is frozen.
+    What is frozen is exported as it was read, not rounded.
     """
 
     def cast(params: Any) -> Any:

@@ -79,9 +79,8 @@ def load_models(
     model is none: it is the default of the configs that start from nothing.
     """
 
-    def load(path: str) -> checkpoint.Export | None:
-        bundled = path == "bundled"
-        return checkpoint.load(checkpoint.BUNDLED if bundled else path)
+    def load(path: str) -> checkpoint.Export:
+        return checkpoint.load(checkpoint.BUNDLED if path == "bundled" else path)
 
     origin = load(config.init_from) if config.init_from else None
     if origin is not None and config.base in ("", "bundled"):
