@@ -39,7 +39,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
             base = str(workdir / name / "model")
         checkpoint.copy(base, workdir / "model")
         return True
-    stage = stages.MAKE[config.stage](config)
+    stage = stages.make(config)
     state = loop.train(
         stage,
         config,

@@ -2,14 +2,16 @@
 
     python train.py --config=configs/clip.py:small --workdir=runs/clip
 
-tiny   for tests.
-small  a laptop: pictures of 64 px.
-paper  ViT-H/16 at 256 px, as in the appendix of arXiv 2204.06125.
+tiny      for tests.
+small     a laptop: pictures of 64 px.
+paper     ViT-H/16 at 256 px, as in the appendix of arXiv 2204.06125.
+vit_l_14  OpenAI's ViT-L/14 at 224 px, which Karlo builds on, to be fine-tuned:
+          --config.init_from=MODEL, a converted one.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import common, row
+from configs.common import FINETUNE, common, row
 
 SIZES = {
     "tiny": {
@@ -76,6 +78,25 @@ SIZES = {
         "optim": dict(learning_rate=5e-4, b2=0.98, weight_decay=0.2, warmup=2_000),
         "tokenizer": dict(captions=1_000_000, vocab_size=49_408),
     },
+    "vit_l_14": {
+        "net": dict(
+            embed_dim=768,
+            image_size=224,
+            patch_size=14,
+            vision_width=1024,
+            vision_layers=24,
+            vision_heads=16,
+            vision_stem=(),
+            context_length=77,
+            text_width=768,
+            text_layers=12,
+            text_heads=12,
+            activation="quick_gelu",
+        ),
+        "loop": {**FINETUNE["loop"], "batch_size": 256},
+        "optim": {**FINETUNE["optim"], "b2": 0.98, "weight_decay": 0.1},
+        "tokenizer": dict(captions=1_000_000, vocab_size=49_408),
+    },
 }
 
 
@@ -87,9 +108,8 @@ def get_config(size: str = "small") -> ConfigDict:
     config.optim.update(values["optim"])
     config.data.shapes.update(values.get("shapes", {}))
 
-    config.net = ConfigDict(values["net"])
-    config.net.activation = "gelu"
-    config.net.remat = size == "paper"
+    config.net = ConfigDict({"activation": "gelu", **values["net"]})
+    config.net.remat = size in ("paper", "vit_l_14")
 
     config.tokenizer = ConfigDict()
     config.tokenizer.path = ""  # folder or hub id; "" trains one on the captions

@@ -20,11 +20,14 @@ def common(stage: str) -> ConfigDict:
     config = ConfigDict()
     config.stage = stage
     config.base = ""  # exported model to build on; "bundled" for the one that ships
+    config.init_from = ""  # exported model to fine-tune; serves as base, too
+    config.trainable = ""  # regular expression in the paths of params; "" trains all
     config.seed = 0
     config.steps = 1000
     config.batch_size = 64  # over all devices
     config.accumulate = 1  # micro-batches a step
     config.dtype = "float32"  # of activations; "bfloat16" on TPUs and GPUs
+    config.param_dtype = "float32"  # or "bfloat16", which halves their memory
     config.ema_decay = 0.999
 
     config.log_every = 50
@@ -52,7 +55,7 @@ def common(stage: str) -> ConfigDict:
     config.data.tfds.data_dir = placeholder(str)
 
     config.optim = ConfigDict()
-    config.optim.name = "adamw"  # or muon
+    config.optim.name = "adamw"  # or muon or adafactor
     config.optim.learning_rate = 1e-3
     config.optim.schedule = "cosine"  # constant, cosine or linear
     config.optim.warmup = 100
@@ -66,6 +69,33 @@ def common(stage: str) -> ConfigDict:
     config.mesh.data = -1  # the devices that fsdp leaves
     config.mesh.fsdp = 1
     return config
+
+
+# What fine-tuning a converted Karlo has in common, whatever the stage.
+FINETUNE = {
+    "loop": dict(
+        steps=10_000,
+        batch_size=32,
+        dtype="bfloat16",
+        ema_decay=0.999,
+        eval_every=1_000,
+        preview_every=1_000,
+        save_every=1_000,
+    ),
+    "optim": dict(
+        learning_rate=1e-5, schedule="constant", b2=0.999, warmup=500, clip_norm=1.0
+    ),
+}
+
+
+def lean(values: dict, trainable: str) -> dict:
+    """A row of `FINETUNE` that trains less of the network, in far less memory."""
+    loop = dict(trainable=trainable, param_dtype="bfloat16", batch_size=16)
+    return {
+        **values,
+        "loop": {**values["loop"], **loop},
+        "optim": {**values["optim"], "name": "adafactor"},
+    }
 
 
 def diffusion(

@@ -3,15 +3,17 @@
     python train.py --config=configs/decoder.py:small --workdir=runs/decoder \
         --config.base=runs/prior/model
 
-tiny   for tests: 16 px.
-small  a laptop: 32 px.
-paper  the 3.5B decoder of Table 3 of arXiv 2204.06125: 64 px.
+tiny        for tests: 16 px.
+small       a laptop: 32 px.
+paper       the 3.5B decoder of Table 3 of arXiv 2204.06125: 64 px.
+karlo       Karlo's, to be fine-tuned: --config.init_from=MODEL, a converted Karlo.
+karlo_lean  the same in far less memory: the middle and the way up.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.common import common, diffusion, row, sampling
+from configs.common import FINETUNE, common, diffusion, lean, row, sampling
 
 _DIFFUSION = dict(
     predict="x0",
@@ -20,6 +22,26 @@ _DIFFUSION = dict(
     snr_power=0.5,
     logit_normal=(0.8, 1.0),  # around where the shape of things is decided
 )
+_KARLO = {
+    "size": 64,
+    "unet": dict(
+        channels=320,
+        multipliers=(1, 2, 3, 4),
+        blocks=3,
+        out_channels=6,
+        attention_levels=(1, 2, 3),
+        head_channels=64,
+        dropout=0.1,
+        groups=32,
+        patch_size=1,
+    ),
+    "text_encoder": None,
+    "context_width": 1536,
+    **FINETUNE,
+    "diffusion": dict(predict="eps", variance="learned_range"),
+    "sampling": dict(steps=25, guidance=8.0),
+    "drop_caption": 0.5,
+}
 
 SIZES = {
     "tiny": {
@@ -95,6 +117,8 @@ SIZES = {
         "sampling": dict(steps=250, guidance=4.0),
         "drop_caption": 0.5,
     },
+    "karlo": _KARLO,
+    "karlo_lean": lean(_KARLO, "net/(mid|up)_|norm_out|conv_out"),
 }
 
 
@@ -102,7 +126,7 @@ def get_config(size: str = "small") -> ConfigDict:
     """The config of a row of SIZES."""
     values = row(SIZES, size, "decoder")
     config = common("decoder")
-    config.base = "bundled"
+    config.base = "" if size.startswith("karlo") else "bundled"
     config.update(values["loop"])
     config.optim.update(values["optim"])
 
@@ -110,7 +134,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.net.unet = ConfigDict(values["unet"])
     config.net.unet.in_channels = 3
     config.net.unet.scale_shift = True
-    config.net.unet.remat = size == "paper"
+    config.net.unet.remat = size not in ("tiny", "small")
     config.net.context_width = values["context_width"]
     config.net.image_tokens = 4
     config.net.text_encoder = placeholder(ConfigDict)  # None: CLIP's text states

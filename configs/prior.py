@@ -3,14 +3,25 @@
     python train.py --config=configs/prior.py:small --workdir=runs/prior \
         --config.base=runs/clip/model
 
-tiny   for tests.
-small  a laptop.
-paper  the 1B diffusion prior of Table 3 of arXiv 2204.06125.
+tiny        for tests.
+small       a laptop.
+paper       the 1B diffusion prior of Table 3 of arXiv 2204.06125.
+karlo       Karlo's, to be fine-tuned: --config.init_from=MODEL, a converted Karlo.
+karlo_lean  the same in far less memory: the upper half of the blocks.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import common, diffusion, row, sampling
+from configs.common import FINETUNE, common, diffusion, lean, row, sampling
+
+_KARLO = {
+    "net": dict(width=2048, layers=20, heads=32),
+    "loop": {**FINETUNE["loop"], "batch_size": 128},
+    "optim": {**FINETUNE["optim"], "b2": 0.96, "eps": 1e-6, "weight_decay": 6e-2},
+    "statistics_examples": 65_536,
+    # As diffusers clips; Karlo's own code does at 10.
+    "sampling": dict(steps=25, guidance=4.0, clip=5.0),
+}
 
 SIZES = {
     "tiny": {
@@ -49,6 +60,8 @@ SIZES = {
         "statistics_examples": 65_536,
         "sampling": dict(steps=64, guidance=4.0),
     },
+    "karlo": _KARLO,
+    "karlo_lean": lean(_KARLO, r"block_1\d/|ln_out|z_image_out"),
 }
 
 
@@ -56,15 +69,15 @@ def get_config(size: str = "small") -> ConfigDict:
     """The config of a row of SIZES."""
     values = row(SIZES, size, "prior")
     config = common("prior")
-    config.base = "bundled"
+    config.base = "" if size.startswith("karlo") else "bundled"
     config.update(values["loop"])
     config.optim.update(values["optim"])
 
     config.net = ConfigDict(values["net"])
     config.net.activation = "gelu"
-    config.net.remat = size == "paper"
+    config.net.remat = size not in ("tiny", "small")
     config.diffusion = diffusion(predict="x0", variance="fixed_small")
-    config.sampling = sampling(**values["sampling"], clip=10.0)
+    config.sampling = sampling(**{"clip": 10.0, **values["sampling"]})
     config.drop_caption = 0.1
     # Pictures whose embeddings give the mean and deviation that the prior works with.
     config.statistics_examples = values["statistics_examples"]

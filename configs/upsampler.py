@@ -7,11 +7,14 @@ tiny        for tests: 16 to 32 px.
 small       a laptop: 32 to 128 px.
 paper_256   the 700M 64 to 256 px model of Table 3 of arXiv 2204.06125.
 paper_1024  the 300M 256 to 1024 px model.
+karlo       Karlo's 64 to 256 px, to be fine-tuned: --config.init_from=MODEL, a
+            converted Karlo. Its second network, for the last step, stays as it is.
+karlo_lean  the same in far less memory: the middle and the way up.
 """
 
 from ml_collections import ConfigDict
 
-from configs.common import common, diffusion, row, sampling
+from configs.common import FINETUNE, common, diffusion, lean, row, sampling
 
 _PAPER_LOOP = dict(
     steps=1_000_000,
@@ -22,6 +25,22 @@ _PAPER_LOOP = dict(
     save_every=5_000,
 )
 _PAPER_OPTIM = dict(schedule="constant", b2=0.999, warmup=1_000)
+_KARLO = {
+    "low_size": 64,
+    "size": 256,
+    "crop_fraction": 0.25,
+    "net": dict(
+        channels=320,
+        multipliers=(1, 2, 3, 4),
+        blocks=3,
+        dropout=0.1,
+        groups=32,
+        patch_size=1,
+    ),
+    **FINETUNE,
+    "diffusion": dict(predict="eps"),
+    "sampling": dict(steps=7),
+}
 
 SIZES = {
     "tiny": {
@@ -92,6 +111,8 @@ SIZES = {
         "diffusion": dict(predict="eps", schedule="linear"),
         "sampling": dict(steps="ddim15", sampler="ddim"),
     },
+    "karlo": _KARLO,
+    "karlo_lean": lean(_KARLO, "(mid|up)_|norm_out|conv_out"),
 }
 
 
@@ -108,7 +129,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.net.attention_levels = ()
     config.net.head_channels = 64
     config.net.scale_shift = False
-    config.net.remat = size.startswith("paper")
+    config.net.remat = size not in ("tiny", "small")
     config.low_size = values["low_size"]  # side of the pictures it is given
     config.size = values["size"]  # and of those it makes
     config.data.crop_fraction = values["crop_fraction"]

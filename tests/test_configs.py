@@ -28,16 +28,23 @@ PARAMETERS = {
     ("clip", "tiny"): 1_641_601,
     ("clip", "small"): 7_468_801,
     ("clip", "paper"): 986_523_137,
+    ("clip", "vit_l_14"): 427_616_513,
     ("prior", "tiny"): 32_736,
     ("prior", "small"): 896_128,
     ("prior", "paper"): 1_225_925_632,
+    ("prior", "karlo"): 1_022_028_544,
+    ("prior", "karlo_lean"): 1_022_028_544,
     ("decoder", "tiny"): 1_822_355,
     ("decoder", "small"): 2_094_972,
     ("decoder", "paper"): 3_567_897_094,
+    ("decoder", "karlo"): 885_439_686 + 7_878_400,
+    ("decoder", "karlo_lean"): 885_439_686 + 7_878_400,
     ("upsampler", "tiny"): 175_587,
     ("upsampler", "small"): 703_020,
     ("upsampler", "paper_256"): 691_579_523,
     ("upsampler", "paper_1024"): 267_146_691,
+    ("upsampler", "karlo"): 691_579_523,
+    ("upsampler", "karlo_lean"): 691_579_523,
 }
 STAGES = ["clip", "prior", "decoder", "upsampler"]
 
@@ -47,6 +54,8 @@ def module(stage):
 
 
 def clip_net(size):
+    """The arguments of the CLIP that goes with a row of any stage."""
+    size = "vit_l_14" if size.startswith("karlo") else size
     return stages.clip.network(module("clip").get_config(size), TOKENIZER)
 
 
@@ -183,9 +192,11 @@ def test_the_quick_start_trains_every_stage_at_its_size(size):
 
 @pytest.mark.parametrize(
     "stage, sizes",
-    [(stage, "tiny, small, paper") for stage in ["clip", "prior", "decoder"]]
-    + [
-        ("upsampler", "tiny, small, paper_256, paper_1024"),
+    [
+        ("clip", "tiny, small, paper, vit_l_14"),
+        ("prior", "tiny, small, paper, karlo, karlo_lean"),
+        ("decoder", "tiny, small, paper, karlo, karlo_lean"),
+        ("upsampler", "tiny, small, paper_256, paper_1024, karlo, karlo_lean"),
         ("quickstart", "tiny, small"),
     ],
 )

@@ -16,7 +16,9 @@ def test_statistics_are_those_of_the_embeddings(tiny_models):
     np.testing.assert_array_equal(stage.frozen["mean"], statistics["z_image_mean"])
     batches = stage.batches("train", 0)
     base = shared.load_base(
-        ConfigDict({"base": str(tiny_models["clip"]), "dtype": "float32"})
+        ConfigDict(
+            {"base": str(tiny_models["clip"]), "init_from": "", "dtype": "float32"}
+        )
     )
     pictures = np.concatenate([next(batches)["clip_image"] for _ in range(8)])
     pictures = jnp.float32(pictures / 127.5 - 1)

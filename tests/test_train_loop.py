@@ -38,6 +38,7 @@ class Stage(NamedTuple):
     metrics: Any
     preview: Any
     export: Any
+    start: Any = None
 
 
 def linear(width=WIDTH, noise=0.01):
@@ -196,7 +197,56 @@ def test_the_ema_and_not_the_params_are_evaluated(whole):
     np.testing.assert_allclose(found[-1]["heldout/error"], expected, rtol=1e-5)
 
 
+def start_from(seed, dtype=np.float32):
+    """The stage with params to start from, which its init doesn't give."""
+    stage = linear()
+    start = jax.tree.map(
+        lambda x: np.asarray(x, dtype), stage.init(jax.random.key(seed))
+    )
+    init = stage.init
+    return stage._replace(
+        start=start,
+        init=lambda key: jax.tree.map(lambda x: x.astype(dtype), init(key)),
+    )
+
+
+def test_a_run_starts_from_params_it_is_given(tmp_path):
+    stage = start_from(seed=7)
+    state = train(tmp_path, make_config(steps=0), stage=stage)
+    assert_equal(state.params, stage.start)
+    assert_equal(state.ema, stage.start)
+
+
+def test_params_in_bfloat16_learn_as_much(tmp_path):
+    """Most updates are below their precision: rounded to the nearest, they'd be lost.
+
+    All else in the state is float32.
+    """
+    config = make_config(steps=40, optim={"learning_rate": 1e-4, "warmup": 0})
+    falls = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        state = train(tmp_path / dtype.__name__, config, stage=start_from(7, dtype))
+        assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
+        others = {x.dtype for x in jax.tree.leaves((state.ema, state.opt_state))}
+        assert others == {jnp.dtype("float32"), jnp.dtype("int32")}
+        first, *_, last = losses(tmp_path / dtype.__name__)
+        falls.append(first - last)
+    assert falls[0] > 0 and falls[1] == pytest.approx(falls[0], rel=0.1)
+
+
 # Interruptions
+
+
+def test_a_resumed_run_ignores_what_it_would_start_from(tmp_path):
+    dtype = jnp.bfloat16
+    whole = train(tmp_path / "whole", stage=start_from(7, dtype))
+    with pytest.raises(RuntimeError, match="crash"):
+        train(
+            tmp_path / "parts",
+            batches=make_batches(events={13: [crash]}),
+            stage=start_from(7, dtype),
+        )
+    assert_equal(train(tmp_path / "parts", stage=start_from(8, dtype)), whole)
 
 
 def crash():

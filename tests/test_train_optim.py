@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dalle2_jax.errors import UserError
@@ -101,11 +102,61 @@ def test_muon_decays_kernels_only():
     np.testing.assert_array_equal(updates["bias"], 0)
 
 
+def test_adafactor_fits_a_matrix_with_little_memory():
+    rng = np.random.default_rng(0)
+    wanted = jnp.asarray(rng.standard_normal((128, 256)), jnp.float32)
+    params = {"kernel": jnp.zeros((128, 256)), "bias": jnp.zeros(256)}
+    transform = optim.make(60, name="adafactor", learning_rate=0.1)
+    state = transform.init(params)
+    assert sum(x.size for x in jax.tree.leaves(state)) < 128 + 2 * 256 + 20
+
+    @jax.jit
+    def update(params, state):
+        loss, grads = jax.value_and_grad(
+            lambda p: jnp.mean((p["kernel"] + p["bias"] - wanted) ** 2)
+        )(params)
+        updates, state = transform.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss, updates
+
+    losses = []
+    for _ in range(60):
+        params, state, loss, updates = update(params, state)
+        losses.append(loss)
+        rms = jnp.sqrt(jnp.mean(updates["kernel"] ** 2))
+        assert rms < 0.1001  # the learning rate
+    assert losses[-1] < 0.02 * losses[0]
+
+
+def test_adafactor_decays_by_the_learning_rate():
+    params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates = first_updates(params, zeros, name="adafactor", weight_decay=0.5)
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 3.0, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+@pytest.mark.parametrize("value", [1.001, -1.001, 0.3, 1e-30, 0.0, 2.0])
+def test_rounding_at_random(value):
+    """To one of two neighbours, and to the value on average."""
+    x = jnp.full(100_000, value, jnp.float32)
+    rounded = optim.round_at_random(x, jax.random.key(0))
+    assert rounded.dtype == jnp.bfloat16
+    rounded = np.asarray(rounded, np.float64)
+    x = float(x[0])
+    assert np.abs(rounded - x).max() <= abs(x) * 2**-7
+    exact = x == float(jnp.bfloat16(x))
+    assert len(np.unique(rounded)) == (1 if exact else 2)
+    np.testing.assert_allclose(rounded.mean(), x, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"schedule": "cosin"}, "'cosin': it must be one of constant, cosine, linear"),
-        ({"name": "adam"}, "optim.name is 'adam': it must be one of adamw, muon"),
+        (
+            {"name": "adam"},
+            "optim.name is 'adam': it must be one of adamw, muon, adafactor",
+        ),
         ({"learning_rate": -1.0}, "optim.learning_rate is -1.0"),
         ({"warmup": -1}, "optim.warmup is -1"),
         ({"clip_norm": -1.0}, "optim.clip_norm is -1.0"),

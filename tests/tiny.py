@@ -11,4 +11,4 @@ def make_stage(name, base=None, **values):
     config.base = str(base or "")
     config.batch_size = 8
     config.update_from_flattened_dict(values)
-    return stages.MAKE[name](config)
+    return stages.make(config)

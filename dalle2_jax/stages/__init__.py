@@ -1,6 +1,10 @@
 """What is trained: one stage for each part of the model."""
 
+from ml_collections import ConfigDict
+
 from dalle2_jax.stages import clip, decoder, prior, upsampler
+from dalle2_jax.stages.finetune import hold_params, train_only
+from dalle2_jax.stages.stage import Stage, dtype_of
 
 MAKE = {
     "clip": clip.make,
@@ -8,3 +12,16 @@ MAKE = {
     "decoder": decoder.make,
     "upsampler": upsampler.make,
 }
+
+
+def make(config: ConfigDict) -> Stage:
+    """The stage that a config describes, with the params that it has it train.
+
+    Raises:
+      UserError: what the config asks for can't be.
+    """
+    dtype = dtype_of(config, "param_dtype")
+    stage = MAKE[config.stage](config)
+    if config.trainable:
+        stage = train_only(stage, config.trainable)
+    return hold_params(stage, dtype)

@@ -7,13 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
+from dalle2_jax import checkpoint
 from dalle2_jax.data import image, sources, tokenizer
+from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import CLIP
+from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
     Batch,
     Stage,
     add_part,
     dtype_of,
+    load_models,
     make_batches,
     open_source,
 )
@@ -62,7 +66,8 @@ def similarity_picture(logits: Float[Array, "b b"]) -> UInt8[Array, "1 s s 3"]:
 
 def make(config: ConfigDict) -> Stage:
     """The stage that ``configs/clip.py`` describes."""
-    text = make_tokenizer(config)
+    base, origin = load_models(config)
+    text = make_tokenizer(config, origin)
     net = network(config, text)
     model = CLIP(**net, dtype=dtype_of(config))
 
@@ -95,7 +100,7 @@ def make(config: ConfigDict) -> Stage:
         return {"similarity": similarity_picture(logits)}
 
     def export(params: Any) -> dict[str, Any]:
-        return add_part(None, "clip", {"net": net}, params, text)
+        return add_part(base, "clip", {"net": net}, params, text)
 
     return Stage(
         name="clip",
@@ -108,13 +113,26 @@ def make(config: ConfigDict) -> Stage:
             config, {"clip_image": model.image_size}, text, model.context_length
         ),
         export=export,
+        start=start_params(config, origin, "clip", net, init),
     )
 
 
-def make_tokenizer(config: ConfigDict) -> tokenizer.Tokenizer:
-    """A stored tokenizer, or one trained on the first captions of the data."""
+def make_tokenizer(
+    config: ConfigDict, origin: checkpoint.Export | None
+) -> tokenizer.Tokenizer:
+    """A stored tokenizer, or one trained on the first captions of the data.
+
+    Where ``config`` names none, it is that of the model that the stage starts from.
+    """
     options = config.tokenizer
     if options.path:
         return tokenizer.load(options.path)
+    if origin is not None:
+        if origin.tokenizer_dir is None:
+            raise UserError(
+                f"init_from={config.init_from} has no tokenizer: give the one that its "
+                "CLIP was trained with, as --config.tokenizer.path=DIR"
+            )
+        return tokenizer.load(origin.tokenizer_dir)
     captions = sources.captions(open_source(config, "train"), options.captions)
     return tokenizer.train(captions, options.vocab_size, config.net.context_length)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.nn.decoder import Decoder
+from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
     Batch,
     Stage,
@@ -141,4 +142,5 @@ def make(config: ConfigDict) -> Stage:
         preview=preview,
         batches=make_batches(config, sizes, base.text, clip.context_length),
         export=export,
+        start=start_params(config, base.origin, "decoder", net, init),
     )

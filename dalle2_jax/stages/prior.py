@@ -9,9 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from dalle2_jax import checkpoint
 from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
+from dalle2_jax.errors import UserError
 from dalle2_jax.nn.prior import DiffusionPrior
+from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
     Batch,
     Stage,
@@ -47,12 +50,15 @@ def make(config: ConfigDict) -> Stage:
     batches = make_batches(
         config, {"clip_image": clip.image_size}, base.text, clip.context_length
     )
-    mean, std = embedding_statistics(
-        clip,
-        base.clip_params,
-        batches("train", 0, whole=True),
-        config.statistics_examples,
-    )
+    if base.origin is not None:
+        mean, std = stored_statistics(base.origin, config.init_from)
+    else:
+        mean, std = embedding_statistics(
+            clip,
+            base.clip_params,
+            batches("train", 0, whole=True),
+            config.statistics_examples,
+        )
     frozen = {"clip": base.clip_params, "mean": mean, "std": std}
 
     def denoise(params: Any, caption: Any, x_t: Array, t: Array) -> Array:
@@ -119,6 +125,7 @@ def make(config: ConfigDict) -> Stage:
         preview=preview,
         batches=batches,
         export=export,
+        start=start_params(config, base.origin, "prior", net, init),
     )
 
 
@@ -126,6 +133,20 @@ def cosine(a: Float[Array, "b d"], b: Float[Array, "b d"]) -> Float[Array, " b"]
     """Cosine of the angle between the vectors of each pair."""
     norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     return jnp.sum(a * b, axis=-1) / norms
+
+
+def stored_statistics(
+    model: checkpoint.Export, where: str
+) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
+    """Mean and standard deviation of z_image that a model's prior works with."""
+    names = "z_image_mean", "z_image_std"
+    missing = [name for name in names if name not in model.statistics]
+    if missing:
+        raise UserError(
+            f"init_from={where} has no {' and no '.join(missing)}, without which its "
+            "prior can't be read: convert or export the model again"
+        )
+    return tuple(jnp.float32(model.statistics[name]) for name in names)
 
 
 def embedding_statistics(

@@ -37,6 +37,7 @@ class Stage(NamedTuple):
       batches: (split, step) -> iterator of batches from that step on; split is "train"
         or "heldout".
       export: params -> the arguments of checkpoint.export, the workdir excepted.
+      start: host arrays to start from in place of what init draws, or None.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stage(NamedTuple):
     preview: Callable[[Any, Any, Batch, Array], dict[str, Array]]
     batches: Callable[[str, int], Iterator[dict[str, np.ndarray]]]
     export: Callable[[Any], dict[str, Any]]
+    start: Any = None
 
 
 class Base(NamedTuple):
@@ -54,42 +56,73 @@ class Base(NamedTuple):
 
     Attributes:
       model: all of it.
+      origin: the model that the stage starts from, or None.
       clip, clip_params: its CLIP, which the stage reads and leaves as it is.
       text: its tokenizer.
       empty: the empty caption's tokens.
     """
 
     model: checkpoint.Export
+    origin: checkpoint.Export | None
     clip: CLIP
     clip_params: Any
     text: tokenizer.Tokenizer
     empty: Int[Array, " l"]
 
 
+def load_models(
+    config: ConfigDict,
+) -> tuple[checkpoint.Export | None, checkpoint.Export | None]:
+    """Reads ``config.base`` and ``config.init_from``; None for what is not given.
+
+    A stage builds on what it starts from, unless another base is given. The bundled
+    model is none: it is the default of the configs that start from nothing.
+    """
+
+    def load(path: str) -> checkpoint.Export:
+        return checkpoint.load(checkpoint.BUNDLED if path == "bundled" else path)
+
+    origin = load(config.init_from) if config.init_from else None
+    if origin is not None and config.base in ("", "bundled"):
+        return origin, origin
+    return load(config.base) if config.base else None, origin
+
+
 def load_base(config: ConfigDict) -> Base:
-    """Reads ``config.base``, which must have a CLIP and a tokenizer."""
-    if not config.base:
+    """The models of `load_models`; the base must have a CLIP and a tokenizer."""
+    model, origin = load_models(config)
+    if model is None:
         raise UserError(
             f"the {config.stage} stage needs a model with a trained CLIP: give one "
-            "with --config.base=DIR (a workdir's model/ folder)"
+            "with --config.base=DIR (a workdir's model/ folder), or with "
+            "--config.init_from=DIR to fine-tune it"
         )
-    bundled = config.base == "bundled"
-    model = checkpoint.load(checkpoint.BUNDLED if bundled else config.base)
+    where = config.init_from if model is origin else config.base
     if "clip" not in model.params or model.tokenizer_dir is None:
         raise UserError(
-            f"the model at {config.base} has no CLIP with a tokenizer, only "
+            f"the model at {where} has no CLIP with a tokenizer, only "
             f"{', '.join(sorted(model.params)) or 'nothing'}: train configs/clip.py"
         )
     clip = CLIP(**model.config["parts"]["clip"]["net"], dtype=dtype_of(config))
+    if clip.image_size is None:
+        raise UserError(
+            f"the CLIP of the model at {where} has no image tower: give a base that "
+            "has both towers"
+        )
     text = tokenizer.load(model.tokenizer_dir)
     return Base(
         model=model,
+        origin=origin,
         clip=clip,
-        # Stages compute with float32 params, whatever the file holds.
-        clip_params=jax.tree.map(np.float32, model.params["clip"]),
+        clip_params=float32(model.params["clip"]),
         text=text,
         empty=jnp.asarray(text.encode([""], clip.context_length)[0]),
     )
+
+
+def float32(params: Any) -> Any:
+    """Stages compute with float32 params, whatever the file holds."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
 
 
 def add_part(
@@ -110,11 +143,11 @@ def add_part(
     }
 
 
-def dtype_of(config: ConfigDict) -> jnp.dtype:
-    """The activations' dtype that ``config.dtype`` names."""
-    if config.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype={config.dtype!r}: must be 'float32' or 'bfloat16'")
-    return jnp.dtype(config.dtype)
+def dtype_of(config: ConfigDict, key: str = "dtype") -> jnp.dtype:
+    """The dtype that ``config.dtype`` (of activations) or another key names."""
+    if config[key] not in ("float32", "bfloat16"):
+        raise UserError(f"{key}={config[key]!r}: must be 'float32' or 'bfloat16'")
+    return jnp.dtype(config[key])
 
 
 def make_batches(

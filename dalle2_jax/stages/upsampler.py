@@ -7,16 +7,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint
 from dalle2_jax.data import image, tokenizer
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.nn.unet import UNet
+from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
     Batch,
     Stage,
     add_part,
     denoising_loss,
     dtype_of,
+    load_models,
     make_batches,
 )
 
@@ -27,12 +28,13 @@ def make(config: ConfigDict) -> Stage:
     No text, no guidance: the low-resolution picture, resized, is concatenated to the
     noised one (section 2.1). Trained on crops, run at full size.
     """
-    base = checkpoint.load(config.base) if config.base else None
+    base, origin = load_models(config)
     net = config.net.to_dict()
     model = UNet(**net, dtype=dtype_of(config))
     diffusion = config.diffusion.to_dict()
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     size, low_size = config.size, config.low_size
+    name = f"upsampler_{size}"
     blur = config.blur.to_dict()
 
     def denoise(params: Any, low: Array, x_t: Array, t: Array, **kwargs: Any) -> Array:
@@ -92,11 +94,12 @@ def make(config: ConfigDict) -> Stage:
             "size": size,
             "low_size": low_size,
         }
-        text = tokenizer.load(base.tokenizer_dir) if base else None
-        return add_part(base, f"upsampler_{size}", part, params, text)
+        has_text = base is not None and base.tokenizer_dir is not None
+        text = tokenizer.load(base.tokenizer_dir) if has_text else None
+        return add_part(base, name, part, params, text)
 
     return Stage(
-        name="upsampler",
+        name=name,
         frozen={},
         init=init,
         loss=loss,
@@ -104,4 +107,5 @@ def make(config: ConfigDict) -> Stage:
         preview=preview,
         batches=make_batches(config, {"image": size}),
         export=export,
+        start=start_params(config, origin, name, net, init),
     )

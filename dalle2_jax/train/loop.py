@@ -31,7 +31,11 @@ Batches = Callable[[int], Iterator[dict[str, np.ndarray]]]
 
 
 class TrainState(NamedTuple):
-    """All that training changes, and all that a checkpoint holds."""
+    """All that training changes, and all that a checkpoint holds.
+
+    The params have the dtype that the stage gives them; all else, and how it is
+    computed, is float32.
+    """
 
     step: jax.Array  # int32: updates done
     params: Any
@@ -84,17 +88,23 @@ def train(
         init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
         optimizer = optim.make(config.steps, **config.optim)
 
+        def begin(params):
+            return first_state(params, optimizer)
+
         def init(key):
-            params = stage.init(key)
-            step = jnp.zeros((), jnp.int32)
-            return TrainState(step, params, params, optimizer.init(params))
+            return begin(stage.init(key))
 
         abstract = jax.eval_shape(init, init_key)
         shardings = meshes.shardings(abstract, mesh)
         start = run.latest_step()
         if start is None:
             start, changes = 0, []
-            state = jax.jit(init, out_shardings=shardings)(init_key)
+            if stage.start is None:
+                state = jax.jit(init, out_shardings=shardings)(init_key)
+            else:
+                params = meshes.put(stage.start, mesh)
+                state = jax.jit(begin, out_shardings=shardings)(params)
+                del params  # the state has its own
         else:
             changes = checkpoint.changes(run.config(), saved_config)
             state = run.restore(meshes.with_shardings(abstract, shardings), changes)
@@ -184,6 +194,12 @@ def train(
         return state
 
 
+def first_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    wide = optax.tree.cast(params, jnp.float32)
+    return TrainState(jnp.zeros((), jnp.int32), params, wide, optimizer.init(wide))
+
+
 def make_update(
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
     optimizer: optax.GradientTransformation,
@@ -206,8 +222,10 @@ def make_update(
             return jax.tree.map(jnp.add, total, grads), {**extra, "loss": value}
 
         accumulate = len(jax.tree.leaves(batch)[0])
-        keys = jax.random.split(jax.random.fold_in(key, step), accumulate)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        keys = jax.random.split(jax.random.fold_in(key, step), accumulate + 1)
+        keys, round_key = keys[:-1], keys[-1]
+        wide = optax.tree.cast(state.params, jnp.float32)
+        zeros = jax.tree.map(jnp.zeros_like, wide)
         if accumulate == 1:  # XLA's CPU backend is several times slower in a loop
             first = jax.tree.map(lambda x: x[0], (batch, keys))
             grads, metrics = add(zeros, first)
@@ -217,12 +235,13 @@ def make_update(
         metrics = jax.tree.map(jnp.mean, metrics)
         metrics["grad_norm"] = optax.tree.norm(grads)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, wide)
+        wide = optax.apply_updates(wide, updates)
         # Short runs would else average in their first, random params: the decay rises
         # to its value as TensorFlow's ExponentialMovingAverage has it.
         decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, wide)
+        params = _narrow(wide, state.params, round_key)
 
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         good = finite & (state.step == step)
@@ -234,6 +253,18 @@ def make_update(
         return state, metrics
 
     return update
+
+
+def _narrow(wide: Any, like: Any, key: jax.Array) -> Any:
+    """Float32 params in the dtypes of others; to bfloat16, rounded at random."""
+    leaves, tree = jax.tree.flatten(wide)
+    keys = tree.unflatten(jax.random.split(key, len(leaves)))
+    return jax.tree.map(
+        lambda x, y, k: x if y.dtype == x.dtype else optim.round_at_random(x, k),
+        wide,
+        like,
+        keys,
+    )
 
 
 @contextlib.contextmanager

@@ -1,14 +1,15 @@
-"""The optimiser: AdamW or Muon, with warm-up, a schedule and clipped gradients."""
+"""The optimiser: AdamW, Muon or Adafactor, with warm-up, a schedule and clipping."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, BFloat16, Float32
 
 from dalle2_jax.errors import UserError
 
-NAMES = ("adamw", "muon")
+NAMES = ("adamw", "muon", "adafactor")
 # What is left of the learning rate after a fraction p of the steps past warm-up.
 SCHEDULES = {
     "constant": lambda p: jnp.ones_like(p),
@@ -30,21 +31,27 @@ def make(
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """AdamW as the paper trains with (Table 3 gives the values), or Muon.
+    """AdamW as the paper trains with (Table 3 gives the values), Muon or Adafactor.
 
     Muon (Jordan et al. 2024) makes the update of a kernel orthogonal, with the kernel
     seen as a matrix from its inputs to its outputs. Its entries are as large as Adam's
     (root mean square 1, times the learning rate), so that one learning rate serves
     both. AdamW is left what is not a kernel, and a U-Net's first and last convolution.
 
+    Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) keeps of the squared gradients of
+    a large array the means over its two longest axes and no first moment: next to
+    nothing beside the params. Its updates, too, have a root mean square of at most the
+    learning rate; section 6's clipping at 1 and section 7.2's decay are as published.
+
     Args:
         steps: length of the run, over which the schedule falls.
-        name: "adamw" or "muon".
+        name: "adamw", "muon" or "adafactor".
         learning_rate: the highest, reached after warm-up.
         schedule: "constant", "cosine" or "linear" (both to 0).
         warmup: steps over which the learning rate grows linearly.
-        b1, b2, eps: Adam's.
-        weight_decay: of kernels and, with AdamW, embeddings; not of biases and scales.
+        b1, b2, eps: Adam's; Adafactor has none of them.
+        weight_decay: of kernels and, but with Muon, embeddings; not of biases and
+            scales.
         clip_norm: largest norm of the gradient; 0 for no limit.
 
     Raises:
@@ -64,6 +71,14 @@ def make(
     if name == "adamw":
         optimizer = optax.adamw(
             lr, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed
+        )
+    elif name == "adafactor":
+        # optax.adafactor would decay by weight_decay alone, whatever the learning rate.
+        optimizer = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(weight_decay, mask=decayed),
+            optax.scale_by_learning_rate(lr),
         )
     else:
         optimizer = optax.contrib.muon(
@@ -94,6 +109,18 @@ def rate(
         return learning_rate * ramp * SCHEDULES[schedule](progress)
 
     return at
+
+
+def round_at_random(x: Float32[Array, "*n"], key: Array) -> BFloat16[Array, "*n"]:
+    """The bfloat16 above or below, the nearer the likelier: x on average.
+
+    To the nearest, the small updates of fine-tuning would all be lost.
+    """
+    # A bfloat16 is the upper half of a float32.
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = (bits >> 16).astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def decayed(params: Any) -> Any:
