@@ -136,5 +136,6 @@ def get_config(size: str = "small") -> ConfigDict:
     config.blur = ConfigDict(dict(kernel=3, sigma=0.6))  # of the low-resolution picture
     config.diffusion = diffusion(variance="fixed_small", **values["diffusion"])
     config.sampling = sampling(guidance=1.0, **values["sampling"])
-    config.sampling.round_low = True  # the picture it is given, to 8 bits
+    # Whether the picture it is given is rounded to 8 bits: not in Karlo.
+    config.sampling.round_low = not size.startswith("karlo")
     return config

@@ -10,10 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from dalle2_jax import stages
-from dalle2_jax.convert import table
 from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.diffusion import schedule
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn import abstract
 from dalle2_jax.nn.clip import CLIP
 from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.prior import DiffusionPrior
@@ -72,7 +72,7 @@ def params(stage, size):
             model = Decoder(**stages.decoder.network(config, clip_net(size)))
         case "upsampler":
             model = UNet(**config.net)
-    return table.abstract(model)
+    return abstract(model)
 
 
 def test_the_table_has_every_size():
