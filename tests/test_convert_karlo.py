@@ -10,14 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import dalle2_jax
+from configs import decoder
 from dalle2_jax import checkpoint
 from dalle2_jax.convert import karlo, weights
 from dalle2_jax.errors import UserError
-from dalle2_jax.nn import abstract
-from dalle2_jax.nn.decoder import Decoder
-from dalle2_jax.nn.prior import DiffusionPrior
-from dalle2_jax.nn.unet import UNet
 from tests.golden import peer
+from train import train
 
 KINDS = ("text_to_image", "variations")
 
@@ -134,24 +132,41 @@ def test_diffusers_runs_what_is_written(folders, tmp_path, monkeypatch, kind):
     np.testing.assert_allclose(ours, arrays[f"outputs/{kind}"], atol=1e-5)
 
 
-def test_full_size_networks_have_karlos_parameters():
-    unet = {
-        "channels": 320,
-        "multipliers": (1, 2, 3, 4),
-        "blocks": 3,
-        "in_channels": 3,
-        "out_channels": 6,
-        "attention_levels": (1, 2, 3),
-    }
-    clip = {"clip_dim": 768, "context_length": 77, "text_width": 768}
-    prior = DiffusionPrior(width=2048, layers=20, heads=32, **clip)
-    assert peer.size(abstract(prior)) == 1_022_028_544
-    decoder = abstract(Decoder(unet=unet, context_width=1536, **clip))
-    assert peer.size(decoder["net"]) == 885_439_686
-    assert peer.size(decoder) - peer.size(decoder["net"]) == 7_878_400
-    upsampler = {"in_channels": 6, "out_channels": 3, "attention_levels": ()}
-    upsampler = UNet(**unet | upsampler, scale_shift=False)
-    assert peer.size(abstract(upsampler)) == 691_579_523
+@pytest.mark.slow
+def test_what_is_fine_tuned_here_goes_to_diffusers(folders, tmp_path):
+    """Both folders as one model, its decoder trained a step by the row `karlo`."""
+    karlo.main([str(folders / kind) for kind in KINDS] + [str(tmp_path / "ours")])
+    config = decoder.get_config("karlo")
+    config.init_from = str(tmp_path / "ours")
+    config.update_from_flattened_dict(
+        {
+            "size": 8,
+            "batch_size": 8,
+            "steps": 1,
+            "dtype": "float32",
+            "eval_every": 0,
+            "preview_every": 0,
+            "optim.warmup": 0,
+            "net.context_width": 12,
+            "net.unet.channels": 8,
+            "net.unet.multipliers": (1, 2),
+            "net.unet.blocks": 1,
+            "net.unet.attention_levels": (1,),
+            "net.unet.head_channels": 8,
+            "net.unet.groups": 4,
+        }
+    )
+    assert train(config, tmp_path / "run")
+    tuned = checkpoint.load(tmp_path / "run" / "model")
+    karlo.main(["--to-diffusers", str(tmp_path / "run/model"), str(tmp_path / "there")])
+    back = karlo.read(tmp_path / "there")
+    for name, before in checkpoint.load(tmp_path / "ours").params.items():
+        before = jax.tree.map(np.float32, before)
+        after = jax.tree.map(np.float32, back.params[name])
+        trained = jax.tree.map(np.float32, tuned.params[name])
+        jax.tree.map(np.testing.assert_array_equal, after, trained)
+        same = jax.tree.map(np.array_equal, after, before)
+        assert all(jax.tree.leaves(same)) == (name != "decoder")
 
 
 def change_json(path, **values):
