@@ -145,7 +145,7 @@ def _read_prior(folder: Path, place: checkpoint.Place) -> Made:
         weights.find(folder / "prior"),
         place=place,
         leading=names.PRIOR_LEADING,
-        ignore=tuple(names.PRIOR_STATISTICS),
+        ignore=names.PRIOR_STATISTICS,
     )
     # Steps and guidance are the defaults of the pipelines, here and below.
     return {"net": net, **_settings(folder / "prior_scheduler", 25, 4.0)}, params

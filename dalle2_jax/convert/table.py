@@ -13,7 +13,7 @@ every shape, follows from the network itself. The peers are PyTorch modules: ker
 [h, w, in, out].
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -50,7 +50,7 @@ def to_ours(
     *,
     place: checkpoint.Place = np.asarray,
     leading: Mapping[str, int] = {},
-    ignore: Sequence[str] = (),
+    ignore: Collection[str] = (),
 ) -> dict[str, Any]:
     """A network's params from a peer's weights.
 
