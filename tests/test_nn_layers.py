@@ -145,6 +145,30 @@ def test_attention(name):
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_head_by_head_is_the_same(name, monkeypatch):
+    """On a CPU, with its gradient; the tests' other sequences are too short for it."""
+    arrays = normal(0, 2, 4, 3, 8), normal(1, 2, 5, 3, 8), normal(2, 2, 5, 3, 8)
+
+    def outcomes():
+        def total(*arrays):
+            return (layers.attention(*arrays, MASKS[name]) ** 2).sum()
+
+        both = jax.value_and_grad(total, argnums=(0, 1, 2))
+        return str(jax.make_jaxpr(both)(*arrays)), jax.jit(both)(*arrays)
+
+    program, expected = outcomes()
+    assert "scan" not in program
+    monkeypatch.setattr(layers, "_LONG", 1)
+    program, actual = outcomes()
+    assert "scan" in program
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        actual,
+        expected,
+    )
+
+
 def test_attention_in_bfloat16_has_a_float32_softmax():
     q = k = v = normal(0, 1, 4, 1, 8, dtype=jnp.bfloat16)
     assert layers.attention(q, k, v).dtype == jnp.bfloat16

@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
     "silu": jax.nn.silu,
 }
+_LONG = 1 << 19  # weights of a head from which on a CPU takes the heads one by one
 
 
 def timestep_embedding(
@@ -40,7 +41,8 @@ def attention(
     """softmax(q kᵀ / √d) v, with a float32 softmax; ``mask`` is True where q may see k.
 
     On a GPU in half precision it is cuDNN's fused kernel. Elsewhere it is written with
-    the heads moved forward, which XLA's CPU backend runs as plain matrix products.
+    the heads moved forward, which XLA's CPU backend runs as plain matrix products. On
+    a CPU long sequences are taken head by head, so that the weights stay in its cache.
     """
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         # cuDNN wants a mask of the full shape.
@@ -49,8 +51,23 @@ def attention(
             mask = jnp.broadcast_to(mask, shape)
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    if jax.default_backend() == "cpu" and q.shape[2] * k.shape[2] >= _LONG:
+        shape = q.shape
+        if mask is not None:
+            mask = jnp.broadcast_to(mask, (*shape[:2], *mask.shape[2:]))
+        q, k, v, mask = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), (q, k, v, mask)
+        )
+        y = jax.lax.map(lambda head: _attend(*head), (q, k, v, mask)).reshape(shape)
+    else:
+        y = _attend(q, k, v, mask)
+    return y.transpose(0, 2, 1, 3)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """attention of arrays that end in positions and a head's channels."""
     logits = jnp.einsum(
-        "bhqd,bhkd->bhqk",
+        "...qd,...kd->...qk",
         q / math.sqrt(q.shape[-1]),
         k,
         preferred_element_type=jnp.float32,
@@ -58,7 +75,7 @@ def attention(
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits).astype(v.dtype)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights, v).transpose(0, 2, 1, 3)
+    return jnp.einsum("...qk,...kd->...qd", weights, v)
 
 
 class LayerNorm(nn.Module):
