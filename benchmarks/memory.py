@@ -39,7 +39,7 @@ ROWS = [
     for size in ("karlo", "karlo_lean")
 ]
 # A TPU's compiler would take hours over how fast the step is.
-EFFORT = {"exec_time_optimization_effort": -1.0}
+EFFORT = {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0}
 OPENAI = mock.Mock(spec=Tokenizer, vocab_size=49_408, eot=49_407)
 
 
