@@ -33,8 +33,8 @@ import torch
 import transformers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
-from dalle2_jax.convert import karlo, openai_clip, table
-from dalle2_jax.convert.weights import Weights
+from dalle2_jax.convert import karlo_names as names
+from dalle2_jax.convert import openai_clip, table, weights
 from dalle2_jax.nn.clip import CLIP, Caption
 from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.prior import DiffusionPrior
@@ -123,8 +123,8 @@ def prior(n: int, dtype: Any, side: int) -> Case:
         {"": theirs},
         lambda x: theirs(**x).predicted_image_embedding,
         ours,
-        karlo.prior_table(20),
-        {"leading": karlo.PRIOR_LEADING, "ignore": karlo.PRIOR_STATISTICS},
+        names.prior_table(20),
+        {"leading": names.PRIOR_LEADING, "ignore": names.PRIOR_STATISTICS},
         call_ours,
         inputs,
         pictures=False,
@@ -211,7 +211,7 @@ def decoder(n: int, dtype: Any, side: int) -> Case:
         {"text_proj.": projections, "decoder.": unet},
         call_theirs,
         ours,
-        karlo.decoder_table(UNet(**levels)),
+        names.decoder_table(UNet(**levels)),
         {},
         call_ours,
         inputs,
@@ -245,7 +245,7 @@ def upsampler(n: int, dtype: Any, side: int) -> Case:
         {"": theirs},
         lambda x: theirs(**x).sample,
         ours,
-        karlo.unet_table(ours),
+        names.unet_table(ours),
         {},
         call_ours,
         inputs,
@@ -343,19 +343,16 @@ def randomise(module: torch.nn.Module) -> None:
 
 def convert(case: Case) -> Any:
     """Our params from the peer's weights."""
-    weights = {
+    arrays = {
         prefix + name: value.numpy()
         for prefix, module in case.theirs.items()
         for name, value in module.state_dict().items()
     }
-    shapes = {name: value.shape for name, value in weights.items()}
-    found = Weights(Path("the peer"), shapes, weights.__getitem__)
-    leaves, tree = jax.tree.flatten(
-        table.to_ours(case.names, case.ours, found, **case.options)
+    found = weights.of(Path("the peer"), arrays)
+    params = table.to_ours(
+        case.names, case.ours, found, place=jax.device_put, **case.options
     )
-    for i, leaf in enumerate(leaves):  # in turn, so that few are there twice
-        leaves[i] = jax.device_put(leaf)
-    return jax.tree.unflatten(tree, jax.block_until_ready(leaves))
+    return jax.block_until_ready(params)
 
 
 def to_jax(inputs: Tensors) -> dict[str, jax.Array]:

@@ -42,7 +42,7 @@ def attention(
 
     On a GPU in half precision it is cuDNN's fused kernel. Elsewhere it is written with
     the heads moved forward, which XLA's CPU backend runs as plain matrix products. On
-    a CPU long sequences are taken head by head, so that the weights stay in its cache.
+    one CPU long sequences are taken head by head, so that the weights stay in its cache.
     """
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         # cuDNN wants a mask of the full shape.
@@ -51,7 +51,7 @@ def attention(
             mask = jnp.broadcast_to(mask, shape)
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    if jax.default_backend() == "cpu" and q.shape[2] * k.shape[2] >= _LONG:
+    if _on_one_cpu() and q.shape[2] * k.shape[2] >= _LONG:
         shape = q.shape
         if mask is not None:
             mask = jnp.broadcast_to(mask, (*shape[:2], *mask.shape[2:]))
@@ -62,6 +62,11 @@ def attention(
     else:
         y = _attend(q, k, v, mask)
     return y.transpose(0, 2, 1, 3)
+
+
+def _on_one_cpu() -> bool:
+    """Whether no batch can be split over devices, which a loop over it would gather."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
