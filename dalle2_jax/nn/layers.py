@@ -42,7 +42,7 @@ def attention(
 
     On a GPU in half precision it is cuDNN's fused kernel. Elsewhere it is written with
     the heads moved forward, which XLA's CPU backend runs as plain matrix products. On
-    one CPU long sequences are taken head by head, so that the weights stay in its cache.
+    one CPU long sequences are taken head by head, so that the weights stay in cache.
     """
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         # cuDNN wants a mask of the full shape.
