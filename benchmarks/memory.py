@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs
 
 from dalle2_jax import checkpoint, stages
 from dalle2_jax.data.tokenizer import Tokenizer
+from dalle2_jax.nn import abstract
 from dalle2_jax.nn.clip import CLIP
 from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.prior import DiffusionPrior
@@ -70,11 +71,8 @@ def karlo() -> checkpoint.Export:
 
 
 def zeros(network: nn.Module) -> Any:
-    shapes = jax.eval_shape(
-        lambda: network.init(jax.random.key(0), *network.example())["params"]
-    )
     return jax.tree.map(
-        lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes
+        lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract(network)
     )
 
 
@@ -88,7 +86,7 @@ def measure(row: str, place: Sharding) -> str:
     with mock.patch.object(checkpoint, "load", lambda path: karlo()):
         stage = stages.make(config)
 
-    def abstract(tree: Any) -> Any:
+    def placed(tree: Any) -> Any:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
         )
@@ -107,7 +105,7 @@ def measure(row: str, place: Sharding) -> str:
         gigabytes(stage.frozen),
     ]
     lowered = jax.jit(update, donate_argnums=0).lower(
-        *map(abstract, (state, stage.frozen, batch, np.int32(0)))
+        *map(placed, (state, stage.frozen, batch, np.int32(0)))
     )
     try:
         memory = lowered.compile(

@@ -129,7 +129,8 @@ def test_diffusers_runs_what_is_written(folders, tmp_path, monkeypatch, kind):
     }[kind].from_pretrained(tmp_path / "there")
     arrays = peer.load("pipeline")
     ours = make.run(kind, made, peer.below(arrays, "inputs/"))
-    np.testing.assert_allclose(ours, arrays[f"outputs/{kind}"], atol=1e-5)
+    # The first step divides by the signal that is left, 1/20,000: rounding shows.
+    np.testing.assert_allclose(ours, arrays[f"outputs/{kind}"], atol=1e-4)
 
 
 @pytest.mark.slow

@@ -25,4 +25,6 @@ def test_golden_arrays_are_reproduced(name):
             assert fresh_config == stored_config
             continue
         assert value.dtype == fresh[key].dtype
-        np.testing.assert_allclose(fresh[key], value, atol=1e-5, err_msg=key)
+        # A pipeline's first step divides by the signal that is left, 1/20,000.
+        atol = 1e-4 if name == "pipeline" else 1e-5
+        np.testing.assert_allclose(fresh[key], value, atol=atol, err_msg=key)
