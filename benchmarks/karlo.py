@@ -385,6 +385,7 @@ def measure(name: str, flags: argparse.Namespace) -> Result:
     gpu = jax.default_backend() == "gpu"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
+    diffusers.utils.logging.set_verbosity_error()
     dtype = jnp.bfloat16 if gpu else jnp.float32
     case = NETWORKS[name](flags.pictures, dtype, flags.side)
     for module in case.theirs.values():
