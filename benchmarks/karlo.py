@@ -42,10 +42,13 @@ from dalle2_jax.nn.unet import UNet
 
 TOLERANCE = 1e-4  # of float32 answers, beside the largest value
 CHANNELS = (320, 640, 960, 1280)
-# On a CPU, XLA gives convolutions to YNNPACK too unless told to give it matrix products
-# only; where kernels are large, XLA's own (Eigen's) are up to twice as fast.
+# On a CPU, XLA gives matrix products, sums and convolutions to YNNPACK unless told
+# otherwise. The first two gain by it; where kernels are large, XLA's own convolutions
+# (Eigen's) are up to twice as fast.
 XLA_CONVOLUTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    "xla_cpu_experimental_ynn_fusion_type": (
+        "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    )
 }
 LEVELS = {"channels": 320, "multipliers": (1, 2, 3, 4), "blocks": 3}
 
