@@ -102,16 +102,15 @@ def _config(folder: Path, *needed: str, name: str = "config.json") -> dict[str, 
 
 
 def _read_clip(folder: Path, has_images: bool, place: checkpoint.Place) -> Made:
-    from transformers import CLIPTextConfig, CLIPVisionConfig
-
+    transformers = tokenizer.import_transformers()
     # Whole configs: transformers fills in what a file leaves out.
     text = _config(folder / "text_encoder")
-    text = CLIPTextConfig.from_dict(text).to_dict()
+    text = transformers.CLIPTextConfig.from_dict(text).to_dict()
     found = [("", weights.find(folder / "text_encoder"))]
     vision = None
     if has_images:
         vision = _config(folder / "image_encoder")
-        vision = CLIPVisionConfig.from_dict(vision).to_dict()
+        vision = transformers.CLIPVisionConfig.from_dict(vision).to_dict()
         given = {"logit_scale": np.array(_LOGIT_SCALE, np.float32)}
         found.append(("", weights.find(folder / "image_encoder")))
         found.append(("", weights.of(folder, given)))

@@ -77,14 +77,12 @@ def net(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: it is none, or is a CLIP that our module can't be.
     """
-    from transformers import CLIPConfig
-
     if config.get("model_type") != "clip":
         raise UserError(
             f"model_type is {config.get('model_type')!r} in config.json: must be 'clip'"
         )
     # Whole configs: they fill in what a file leaves out.
-    config = CLIPConfig.from_dict(dict(config))
+    config = tokenizer.import_transformers().CLIPConfig.from_dict(dict(config))
     text = config.text_config.to_dict() | {"projection_dim": config.projection_dim}
     return towers_net(text, config.vision_config.to_dict())
 

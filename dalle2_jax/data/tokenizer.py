@@ -12,6 +12,7 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from jaxtyping import Int32
@@ -83,7 +84,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     if not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
         raise UserError(f"there is no folder {path} to load a tokenizer from")
     try:
-        wrapped = _clip_tokenizer().from_pretrained(str(path))
+        wrapped = import_transformers().CLIPTokenizer.from_pretrained(str(path))
     # A damaged file surfaces as nearly any exception, the hub's as OSError.
     except Exception as error:
         where = "the folder" if local else "neither a folder here nor on the hub:"
@@ -134,19 +135,19 @@ def _clip(alphabet: list[str], merges: list, context_length: int):
     words += [first + second for first, second in merges]
     words = list(dict.fromkeys(words))  # two merges can make the same word
     words += SPECIALS
-    return _clip_tokenizer()(
+    return import_transformers().CLIPTokenizer(
         vocab={word: i for i, word in enumerate(words)},
         merges=[tuple(merge) for merge in merges],
         model_max_length=context_length,
     )
 
 
-def _clip_tokenizer():
-    # On import it would tell everyone without PyTorch that PyTorch is missing.
+def import_transformers() -> ModuleType:
+    """transformers, which would tell those without PyTorch that PyTorch is missing."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import CLIPTokenizer
+    import transformers
 
-    return CLIPTokenizer
+    return transformers
 
 
 def _byte_alphabet() -> list[str]:
