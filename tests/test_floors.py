@@ -13,6 +13,7 @@ PACKAGE = ROOT / "dalle2_jax"
 
 FLOORS = {
     "errors": 0,
+    "xla": 0,
     "flags": 1,
     "nn": 1,
     "diffusion": 1,

@@ -5,9 +5,6 @@ import platform
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from dalle2_jax.train import cpu
@@ -46,32 +43,6 @@ def test_use_cores_keeps_what_the_user_says(variables, devices):
         text=True,
     )
     assert run.stdout == f"{devices}\n", run.stderr
-
-
-def test_convolutions_are_left_to_xla():
-    """Where it knows the option; with the results that it has without."""
-    options = cpu.compiler_options()
-    assert options == cpu._CONVOLUTIONS  # of the JAX that the tests run on
-    x, kernel = jnp.ones((2, 8, 8, 4)), jnp.linspace(-1, 1, 144).reshape(3, 3, 4, 4)
-
-    def loss(kernel):
-        axes = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", None, None, axes)
-        return (y**2).sum()
-
-    plain, told = (
-        jax.jit(jax.grad(loss), compiler_options=o)(kernel) for o in ({}, options)
-    )
-    np.testing.assert_allclose(told, plain, rtol=1e-5)
-
-
-def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
-    for unknown in (
-        {"xla_cpu_no_such_option": "1"},
-        dict.fromkeys(cpu._CONVOLUTIONS, "?"),
-    ):
-        monkeypatch.setattr(cpu, "_CONVOLUTIONS", unknown)
-        assert cpu.compiler_options() == {}
 
 
 FAULTS = """

@@ -12,6 +12,7 @@ from dalle2_jax.data import image
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import Caption
 from dalle2_jax.pipeline.models import Model, Part, in_batches, require
+from dalle2_jax.xla import jit
 
 BATCH = 64  # the most captions or pictures at once on a device
 
@@ -76,13 +77,13 @@ def spread(model: Model) -> NamedSharding:
     return NamedSharding(model.devices, PartitionSpec("data"))
 
 
-@jax.jit
+@jit
 def encode_caption(clip: Part, tokens: Int[Array, "b l"]) -> Caption:
     """What the prior and the decoder read of captions."""
     return clip.network.apply({"params": clip.params}, tokens, method="encode_caption")
 
 
-@jax.jit
+@jit
 def encode_pictures(
     clip: Part, pictures: UInt8[Array, "b s s 3"]
 ) -> Float[Array, "b d"]:

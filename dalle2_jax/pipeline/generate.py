@@ -15,6 +15,7 @@ from dalle2_jax.nn.clip import Caption
 from dalle2_jax.nn.decoder import Context
 from dalle2_jax.pipeline.encode import encode_caption, encode_image, spread
 from dalle2_jax.pipeline.models import Model, Part, in_batches, require
+from dalle2_jax.xla import jit
 
 BATCH = 16  # the most pictures at once on a device
 
@@ -183,7 +184,7 @@ def _draw(randomness: Randomness, network: int, shape: tuple[int, ...]) -> sampl
     return sample.gaussian(keys, shape)
 
 
-@jax.jit
+@jit
 def sample_prior(
     prior: Part,
     caption: Caption,
@@ -206,7 +207,7 @@ def sample_prior(
     return z * std + mean
 
 
-@jax.jit
+@jit
 def sample_decoder(
     decoder: Part,
     z_image: Float[Array, "b d"],
@@ -236,7 +237,7 @@ def sample_decoder(
     )
 
 
-@jax.jit
+@jit
 def sample_upsampler(
     upsampler: Part, low: Float[Array, "b h w 3"], randomness: Randomness
 ) -> Float[Array, "b s s 3"]:

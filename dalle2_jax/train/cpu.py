@@ -12,11 +12,6 @@ _KEEP = {
     -2: 1 << 28,  # M_TOP_PAD: grow by so many bytes at once
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: never shrink
 }
-# What is left to YNNPACK: products of matrices, and sums.
-_CONVOLUTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
-    "LIBRARY_FUSION_TYPE_REDUCE"
-}
 LEAST_ROWS = 8  # of a batch for a core to be worth a device of its own
 
 
@@ -48,22 +43,6 @@ def keep_memory() -> None:
         return
     for option, value in _KEEP.items():
         mallopt(option, value)
-
-
-def compiler_options() -> dict[str, str]:
-    """What XLA is told where it compiles a training step for a CPU.
-
-    It shall make convolutions itself. It would give them to YNNPACK, which takes up to
-    five times as long for a kernel's gradient. Empty for other devices, and where this
-    XLA has no such option.
-    """
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
-        jax.jit(lambda: 0, compiler_options=_CONVOLUTIONS).lower().compile()
-    except (ValueError, RuntimeError):
-        return {}
-    return _CONVOLUTIONS
 
 
 def count_cores() -> int:

@@ -20,10 +20,10 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dalle2_jax import checkpoint
+from dalle2_jax import checkpoint, xla
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import cpu, optim
 from dalle2_jax.train import mesh as meshes
+from dalle2_jax.train import optim
 from dalle2_jax.train.log import Log
 
 # Makes the batches from a given step on, each a dict of this process's rows.
@@ -136,7 +136,7 @@ def train(
             make_update(stage.loss, optimizer, step_key, config.ema_decay),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
-            compiler_options=cpu.compiler_options(),
+            compiler_options=xla.compiler_options(),
         )
         metrics = jax.jit(stage.metrics, out_shardings=everywhere)
         preview = jax.jit(stage.preview, out_shardings=everywhere)

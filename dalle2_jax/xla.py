@@ -1,0 +1,44 @@
+"""How XLA compiles what is trained and sampled."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# What is left to YNNPACK: products of matrices, and sums.
+_CONVOLUTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
+    "LIBRARY_FUSION_TYPE_REDUCE"
+}
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """What XLA is told where it compiles for a CPU: to make convolutions itself.
+
+    It would give them to YNNPACK, which takes twice as long where kernels are large and
+    up to five times as long for a kernel's gradient. Empty for other devices, and where
+    this XLA has no such option.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=_CONVOLUTIONS).lower().compile()
+    except (ValueError, RuntimeError):
+        return {}
+    return _CONVOLUTIONS
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` with these options, which depend on the device: known at a call."""
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return jax.jit(function, compiler_options=compiler_options())
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return compiled()(*arguments)
+
+    return call
