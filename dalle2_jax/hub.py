@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from dalle2_jax import checkpoint
-from dalle2_jax.convert import karlo, openai_clip, weights
+from dalle2_jax.convert import karlo, weights
 from dalle2_jax.errors import UserError, first_line
 from dalle2_jax.pipeline import models
 
@@ -66,22 +66,11 @@ def _load(
     exports = [
         (
             "bundled" if path == checkpoint.BUNDLED else str(path),
-            _read(find(path), place, only),
+            karlo.read_any(find(path), place, only),
         )
         for path in paths
     ]
     return models.assemble(exports, devices, jnp.dtype(dtype))
-
-
-def _read(
-    folder: Path, place: checkpoint.Place, only: Sequence[str] | None
-) -> checkpoint.Export:
-    if (folder / "model_index.json").is_file():
-        return karlo.read(folder, place, only)
-    config = folder / "config.json"
-    if config.is_file() and "model_type" in weights.read_json(config):
-        return openai_clip.read(folder, place)
-    return checkpoint.load(folder, place, only)
 
 
 def find(path: str | Path) -> Path:

@@ -217,6 +217,12 @@ def reshape(arrays):
             lambda f: change_weights(f / WEIGHTS, reshape),
             r"wrong shape: decoder.conv_in.bias \(7,\) instead of \(8,\)",
         ),
+        (
+            lambda f: change_weights(
+                f / WEIGHTS.replace("decoder", "prior"), lambda a: a.pop("clip_std")
+            ),
+            "prior/diffusion_pytorch_model.safetensors lacks clip_std",
+        ),
         (truncate, f"{WEIGHTS} is missing, truncated or damaged"),
         (corrupt, f"{WEIGHTS} is missing, truncated or damaged"),
         (
@@ -232,6 +238,13 @@ def reshape(arrays):
                 f / "prior_scheduler/scheduler_config.json", prediction_type="v"
             ),
             "scheduler_config.json: prediction_type 'v' is not known",
+        ),
+        (
+            lambda f: change_json(
+                f / "prior_scheduler/scheduler_config.json",
+                prediction_type="fixed_small_log",
+            ),
+            "scheduler_config.json: prediction_type 'fixed_small_log' is not known",
         ),
         (
             lambda f: change_json(f / "model_index.json", _class_name="Flux"),
@@ -287,6 +300,13 @@ def test_models_of_another_shape_are_not_written(
     with pytest.raises(UserError, match=message):
         karlo.write(model, tmp_path / "there")
     assert not (tmp_path / "there").exists()
+
+
+def test_models_sampled_otherwise_are_not_written(folders, tmp_path):
+    model = karlo.read(folders / "text_to_image")
+    model.config["parts"]["decoder"]["sampling"]["clip"] = None
+    with pytest.raises(UserError, match="whether decoder clips is False: .* need True"):
+        karlo.write(model, tmp_path / "there")
 
 
 def test_models_that_lack_a_part_are_not_written(folders, tmp_path):

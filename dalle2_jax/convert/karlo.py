@@ -77,19 +77,33 @@ def read(
         f"upsampler_{size}": partial(_read_upsampler, folder, "first", place),
         f"upsampler_{size}_last": partial(_read_upsampler, folder, "last", place),
     }
-    statistics = {}
     if "prior" in listed:
         parts["prior"] = partial(_read_prior, folder, place)
-        found = weights.find(folder / "prior")
-        for theirs, ours in names.PRIOR_STATISTICS.items():
-            statistics[ours] = found.read(theirs).astype(np.float32).reshape(-1)
     made = {k: make() for k, make in parts.items() if only is None or k in only}
     return checkpoint.Export(
         config={"parts": {name: section for name, (section, _) in made.items()}},
         params={name: params for name, (_, params) in made.items()},
         tokenizer_dir=folder / "tokenizer",
-        statistics=statistics,
+        statistics=_read_statistics(folder) if "prior" in made else {},
     )
+
+
+def read_any(
+    folder: str | Path,
+    place: checkpoint.Place = np.asarray,
+    only: Sequence[str] | None = None,
+) -> checkpoint.Export:
+    """A model in any format: of a pipeline, of a CLIPModel, or of this package.
+
+    Args and Raises: see `read` and `checkpoint.load`.
+    """
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        return read(folder, place, only)
+    config = folder / "config.json"
+    if config.is_file() and "model_type" in weights.read_json(config):
+        return openai_clip.read(folder, place)
+    return checkpoint.load(folder, place, only)
 
 
 def _config(folder: Path, *needed: str, name: str = "config.json") -> dict[str, Any]:
@@ -148,6 +162,16 @@ def _read_prior(folder: Path, place: checkpoint.Place) -> Made:
     )
     # Steps and guidance are the defaults of the pipelines, here and below.
     return {"net": net, **_settings(folder / "prior_scheduler", 25, 4.0)}, params
+
+
+def _read_statistics(folder: Path) -> dict[str, np.ndarray]:
+    """Mean and deviation of the embeddings, which lie among the prior's weights."""
+    found, statistics = weights.find(folder / "prior"), {}
+    for theirs, ours in names.PRIOR_STATISTICS.items():
+        if theirs not in found.shapes:
+            raise UserError(f"{found.where} lacks {theirs}")
+        statistics[ours] = found.read(theirs).astype(np.float32).reshape(-1)
+    return statistics
 
 
 def _read_decoder(folder: Path, place: checkpoint.Place) -> Made:
@@ -314,8 +338,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "src",
         nargs="+",
-        help="folder of a diffusers unCLIP pipeline or of a transformers CLIPModel; "
-        "with --to-diffusers a model of this package",
+        help="folder of a diffusers unCLIP pipeline, of a transformers CLIPModel, or "
+        "of a model of this package",
     )
     parser.add_argument("dst", help="directory of the model to write")
     parser.add_argument("--dtype", help="of the params; that of the files by default")
@@ -323,13 +347,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         cast = weights.caster(arguments.dtype)
+        model = checkpoint.merge([read_any(src, cast) for src in arguments.src])
         if arguments.to_diffusers:
-            model = checkpoint.merge(
-                [checkpoint.load(src, cast) for src in arguments.src]
-            )
             write(model, arguments.dst)
             return
-        model = checkpoint.merge([_read_any(src, cast) for src in arguments.src])
         checkpoint.export(
             arguments.dst,
             params=model.params,
@@ -339,12 +360,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except UserError as error:
         parser.error(str(error))
-
-
-def _read_any(folder: str, place: checkpoint.Place) -> checkpoint.Export:
-    if (Path(folder) / "model_index.json").is_file():
-        return read(folder, place)
-    return openai_clip.read(folder, place)
 
 
 if __name__ == "__main__":

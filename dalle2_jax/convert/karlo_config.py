@@ -203,16 +203,19 @@ def settings(
       config: of the scheduler.
       steps, guidance: what diffusers' pipelines take by default.
     """
-    ours = {theirs: name for name, theirs in (_PREDICTS | _VARIANCES).items()}
-    for key in ("prediction_type", "variance_type"):
-        if config[key] not in ours:
-            raise UserError(f"{path}: {key} {config[key]!r} is not known")
+
+    def ours(key: str, table: Mapping[str, str]) -> str:
+        for name, theirs in table.items():
+            if config[key] == theirs:
+                return name
+        raise UserError(f"{path}: {key} {config[key]!r} is not known")
+
     sections = {
         "diffusion": {
             "schedule": "cosine",
             "steps": config["num_train_timesteps"],
-            "predict": ours[config["prediction_type"]],
-            "variance": ours[config["variance_type"]],
+            "predict": ours("prediction_type", _PREDICTS),
+            "variance": ours("variance_type", _VARIANCES),
         },
         "sampling": {
             "sampler": "ddpm",
@@ -357,14 +360,11 @@ def check_shape(parts: Mapping[str, Any]) -> None:
         ]
     for name in ("prior", "decoder", names[0]):
         if name in parts:
-            diffusion = parts[name]["diffusion"]
+            diffusion, sampling = parts[name]["diffusion"], parts[name]["sampling"]
             wanted += [
-                (f"{name}.diffusion.schedule", diffusion["schedule"], "cosine"),
-                (
-                    f"{name}.sampling.sampler",
-                    parts[name]["sampling"]["sampler"],
-                    "ddpm",
-                ),
+                (f"{name}.schedule", diffusion["schedule"], "cosine"),
+                (f"{name}.sampler", sampling["sampler"], "ddpm"),
+                (f"whether {name} clips", sampling["clip"] is not None, True),
             ]
             for key, known in (("predict", _PREDICTS), ("variance", _VARIANCES)):
                 if diffusion[key] not in known:
