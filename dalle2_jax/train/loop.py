@@ -1,6 +1,7 @@
 """The one training loop: what happens to a stage, in the order in which it happens."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -132,14 +133,14 @@ def train(
         # What runs on the devices. `frozen` is an argument of each: what a compiled
         # function captures would be copied into its program.
         everywhere = NamedSharding(mesh, PartitionSpec())
-        update = jax.jit(
+        jit = functools.partial(jax.jit, compiler_options=xla.compiler_options())
+        update = jit(
             make_update(stage.loss, optimizer, step_key, config.ema_decay),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
-            compiler_options=xla.compiler_options(),
         )
-        metrics = jax.jit(stage.metrics, out_shardings=everywhere)
-        preview = jax.jit(stage.preview, out_shardings=everywhere)
+        metrics = jit(stage.metrics, out_shardings=everywhere)
+        preview = jit(stage.preview, out_shardings=everywhere)
 
         data = batches(start)
         recent = []  # what the steps since the last log line gave, still on the devices
