@@ -82,9 +82,7 @@ FINETUNE = {
         preview_every=1_000,
         save_every=1_000,
     ),
-    "optim": dict(
-        learning_rate=1e-5, schedule="constant", b2=0.999, warmup=500, clip_norm=1.0
-    ),
+    "optim": dict(learning_rate=1e-5, schedule="constant", b2=0.999, warmup=500),
 }
 
 

@@ -25,18 +25,19 @@ _PAPER_LOOP = dict(
     save_every=5_000,
 )
 _PAPER_OPTIM = dict(schedule="constant", b2=0.999, warmup=1_000)
+_NET_256 = dict(
+    channels=320,
+    multipliers=(1, 2, 3, 4),
+    blocks=3,
+    dropout=0.1,
+    groups=32,
+    patch_size=1,
+)
 _KARLO = {
     "low_size": 64,
     "size": 256,
     "crop_fraction": 0.25,
-    "net": dict(
-        channels=320,
-        multipliers=(1, 2, 3, 4),
-        blocks=3,
-        dropout=0.1,
-        groups=32,
-        patch_size=1,
-    ),
+    "net": _NET_256,
     **FINETUNE,
     "diffusion": dict(predict="eps"),
     "sampling": dict(steps=7),
@@ -81,14 +82,7 @@ SIZES = {
         "low_size": 64,
         "size": 256,
         "crop_fraction": 0.25,
-        "net": dict(
-            channels=320,
-            multipliers=(1, 2, 3, 4),
-            blocks=3,
-            dropout=0.1,
-            groups=32,
-            patch_size=1,
-        ),
+        "net": _NET_256,
         "loop": {**_PAPER_LOOP, "batch_size": 1024},
         "optim": {**_PAPER_OPTIM, "learning_rate": 1.2e-4},
         "diffusion": dict(predict="eps"),
