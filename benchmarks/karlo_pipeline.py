@@ -21,100 +21,30 @@ from typing import Any
 import numpy as np
 
 PROMPT = "a portrait of an old monk, highly detailed"
-UNET = {
-    "channels": 320,
-    "multipliers": (1, 2, 3, 4),
-    "blocks": 3,
-    "in_channels": 3,
-    "out_channels": 6,
-    "attention_levels": (1, 2, 3),
-}
-UPSAMPLER = {
-    **UNET,
-    "in_channels": 6,
-    "out_channels": 3,
-    "attention_levels": (),
-    "scale_shift": False,
-}
-CLIP = {"clip_dim": 768, "context_length": 77, "text_width": 768}
 
 
 def make(folder: Path) -> None:
     """Writes a folder of Karlo's size with random weights."""
-    import jax
+    from full_size import karlo
 
-    from dalle2_jax import checkpoint
-    from dalle2_jax.convert import karlo
+    from dalle2_jax.convert import karlo as diffusers_layout
     from dalle2_jax.data import tokenizer
-    from dalle2_jax.nn import abstract, clip, decoder, prior, unet
 
-    def settings(predict: str, variance: str, steps: int, guidance: float) -> dict:
-        diffusion = {"schedule": "cosine", "steps": 1000}
-        sampling = {"sampler": "ddpm", "steps": steps, "guidance": guidance}
-        return {
-            "diffusion": diffusion | {"predict": predict, "variance": variance},
-            "sampling": sampling | {"clip": 5.0 if predict == "x0" else 1.0},
-        }
-
-    text = tokenizer.train([""], tokenizer.SMALLEST, 77)
-    text.save(folder.with_name(f"{folder.name}-tokenizer"))
-    text_tower = {
-        "embed_dim": 768,
-        "vocab_size": 49408,
-        "eot": text.eot,
-        "context_length": 77,
-        "text_width": 768,
-        "text_layers": 12,
-        "text_heads": 12,
-        "activation": "quick_gelu",
-    }
-    prior_net = {"width": 2048, "layers": 20, "heads": 32, **CLIP}
-    decoder_net = {"unet": UNET, "context_width": 1536, **CLIP}
-    sides = {"size": 256, "low_size": 64}
-    parts = {
-        "clip": {"net": text_tower},
-        "prior": {"net": prior_net, **settings("x0", "fixed_small", 25, 4.0)},
-        "decoder": {
-            "net": decoder_net,
-            **settings("eps", "learned_range", 25, 8.0),
-            "size": 64,
-        },
-        "upsampler_256": {
-            "net": UPSAMPLER,
-            **settings("eps", "fixed_small", 7, 1.0),
-            **sides,
-        },
-        "upsampler_256_last": {"net": UPSAMPLER},
-    }
-    networks = {
-        "clip": clip.CLIP(**text_tower),
-        "prior": prior.DiffusionPrior(**prior_net),
-        "decoder": decoder.Decoder(**decoder_net),
-        "upsampler_256": unet.UNet(**UPSAMPLER),
-        "upsampler_256_last": unet.UNet(**UPSAMPLER),
-    }
     noise = np.random.default_rng(0).normal(size=2**24 + 1).astype(np.float16)
 
-    def random(path: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
+    def random(path: Any, x: Any) -> np.ndarray:
         """As a network's first values are, about; from a block of noise, repeated."""
-        size = int(np.prod(x.shape))
-        values = np.resize(noise, size).reshape(x.shape)
+        values = np.resize(noise, x.size).reshape(x.shape)
         name = path[-1].key
         if name == "kernel":
             return values * np.float16(np.prod(x.shape[:-1]) ** -0.5)
         return values * np.float16(0.02) + np.float16(name == "scale")
 
-    params = {
-        name: jax.tree_util.tree_map_with_path(random, abstract(network))
-        for name, network in networks.items()
-    }
-    statistics = {
-        "z_image_mean": np.zeros(768, np.float32),
-        "z_image_std": np.ones(768, np.float32),
-    }
-    where = folder.with_name(f"{folder.name}-tokenizer")
-    model = checkpoint.Export({"parts": parts}, params, where, statistics)
-    karlo.write(model, folder)
+    words = folder.with_name(f"{folder.name}-tokenizer")
+    text = tokenizer.train([""], tokenizer.SMALLEST, 77)
+    text.save(words)
+    model = karlo(random, eot=text.eot)
+    diffusers_layout.write(model._replace(tokenizer_dir=words), folder)
 
 
 def ours(folder: Path, steps: tuple[int, int, int]) -> dict[str, float]:
@@ -128,10 +58,10 @@ def ours(folder: Path, steps: tuple[int, int, int]) -> dict[str, float]:
     model = dalle2_jax.load(folder, dtype="bfloat16" if gpu else "float32")
     jax.block_until_ready((model.prior, model.decoder, model.upsamplers))
     loaded, peak = time.perf_counter() - start, _peak()
-    stages: dict[str, float] = {}
+    ends: dict[str, float] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
-        stages[stage] = time.perf_counter()
+        ends[stage.partition(" ")[0]] = time.perf_counter()
 
     for _ in range(2):
         start = time.perf_counter()
@@ -141,16 +71,8 @@ def ours(folder: Path, steps: tuple[int, int, int]) -> dict[str, float]:
             steps={"prior": steps[0], "decoder": steps[1], "upsampler": steps[2]},
             progress=progress,
         )
-        seconds = time.perf_counter() - start
-    return {
-        "load, s": loaded,
-        "peak after loading, GB": peak,
-        "peak, GB": _peak(),
-        "prior, s": stages["prior"] - start,
-        "decoder, s": stages["decoder"] - stages["prior"],
-        "upsampler, s": stages["upsampler 256"] - stages["decoder"],
-        "a picture, s": seconds,
-    }
+        ends["all"] = time.perf_counter()
+    return _report(loaded, peak, start, ends)
 
 
 def theirs(folder: Path, steps: tuple[int, int, int]) -> dict[str, float]:
@@ -191,7 +113,14 @@ def theirs(folder: Path, steps: tuple[int, int, int]) -> dict[str, float]:
             decoder_num_inference_steps=steps[1],
             super_res_num_inference_steps=steps[2],
         )
-        seconds = time.perf_counter() - start
+        ends["all"] = time.perf_counter()
+    return _report(loaded, peak, start, ends)
+
+
+def _report(
+    loaded: float, peak: float, start: float, ends: dict[str, float]
+) -> dict[str, float]:
+    """Seconds and bytes by what they are of; the stages end one after the other."""
     return {
         "load, s": loaded,
         "peak after loading, GB": peak,
@@ -199,7 +128,7 @@ def theirs(folder: Path, steps: tuple[int, int, int]) -> dict[str, float]:
         "prior, s": ends["prior"] - start,
         "decoder, s": ends["decoder"] - ends["prior"],
         "upsampler, s": ends["upsampler"] - ends["decoder"],
-        "a picture, s": seconds,
+        "a picture, s": ends["all"] - start,
     }
 
 

@@ -10,28 +10,16 @@ take minutes to compile.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import flax.linen as nn
 import jax
 import numpy as np
+from full_size import get_config, karlo
 from jax.sharding import Sharding, SingleDeviceSharding
-from ml_collections import ConfigDict
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs
 
 from dalle2_jax import checkpoint, stages
-from dalle2_jax.data.tokenizer import Tokenizer
-from dalle2_jax.nn import abstract
-from dalle2_jax.nn.clip import CLIP
-from dalle2_jax.nn.decoder import Decoder
-from dalle2_jax.nn.prior import DiffusionPrior
-from dalle2_jax.nn.unet import UNet
 from dalle2_jax.train import loop, optim
 
 ROWS = [
@@ -44,39 +32,11 @@ QUICKLY = {
     "tpu": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
     "cpu": {"xla_backend_optimization_level": 0},
 }
-OPENAI = mock.Mock(spec=Tokenizer, vocab_size=49_408, eot=49_407)
 
 
-def get_config(stage: str, size: str) -> ConfigDict:
-    return import_module(f"configs.{stage}").get_config(size)
-
-
-def karlo() -> checkpoint.Export:
-    """A converted Karlo, but for its numbers: all are one zero in memory."""
-    clip = stages.clip.network(get_config("clip", "vit_l_14"), OPENAI)
-    prior = stages.prior.network(get_config("prior", "karlo"), clip)
-    decoder = stages.decoder.network(get_config("decoder", "karlo"), clip)
-    upsampler = get_config("upsampler", "karlo").net.to_dict()
-    networks = {
-        "clip": CLIP(**clip),
-        "prior": DiffusionPrior(**prior),
-        "decoder": Decoder(**decoder),
-        "upsampler_256": UNet(**upsampler),
-    }
-    nets = {"clip": clip, "prior": prior, "decoder": decoder}
-    nets["upsampler_256"] = upsampler
-    return checkpoint.Export(
-        config={"parts": {name: {"net": net} for name, net in nets.items()}},
-        params={name: zeros(network) for name, network in networks.items()},
-        tokenizer_dir=checkpoint.BUNDLED / "tokenizer",
-        statistics=dict.fromkeys(("z_image_mean", "z_image_std"), np.zeros(768)),
-    )
-
-
-def zeros(network: nn.Module) -> Any:
-    return jax.tree.map(
-        lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract(network)
-    )
+def zero(path: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
+    """A param that takes no memory: all its numbers are one."""
+    return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
 def measure(row: str, place: Sharding) -> str:
@@ -86,7 +46,7 @@ def measure(row: str, place: Sharding) -> str:
     config.init_from = "karlo"
     if batch_size:
         config.batch_size = int(batch_size[0])
-    with mock.patch.object(checkpoint, "load", lambda path: karlo()):
+    with mock.patch.object(checkpoint, "load", lambda path: karlo(zero)):
         stage = stages.make(config)
 
     def placed(tree: Any) -> Any:
