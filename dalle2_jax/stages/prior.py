@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint, xla
+from dalle2_jax import checkpoint
 from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.errors import UserError
@@ -157,7 +157,7 @@ def embedding_statistics(
     The diffusion works on (z_image - mean) / std, as Karlo's does; the paper scales
     by the constant 17.2 to the same end.
     """
-    encode = xla.jit(lambda p, x: encode_image(clip, p, image.to_float(x)))
+    encode = jax.jit(lambda p, x: encode_image(clip, p, image.to_float(x)))
     seen: list[np.ndarray] = []
     while sum(map(len, seen)) < examples:
         seen.append(np.asarray(encode(params, next(batches)["clip_image"]), np.float64))
