@@ -341,7 +341,7 @@ def randomise(module: torch.nn.Module) -> None:
 def convert(case: Case) -> Any:
     """Our params from the peer's weights."""
     arrays = {
-        prefix + name: value.numpy()
+        prefix + name: value.cpu().numpy()
         for prefix, module in case.theirs.items()
         for name, value in module.state_dict().items()
     }
@@ -354,7 +354,7 @@ def convert(case: Case) -> Any:
 
 def to_jax(inputs: Tensors) -> dict[str, jax.Array]:
     """The inputs as ours are: pictures have their channels last."""
-    arrays = {name: value.numpy() for name, value in inputs.items()}
+    arrays = {name: value.cpu().numpy() for name, value in inputs.items()}
     return {
         name: jnp.asarray(x.transpose(0, 2, 3, 1) if x.ndim == 4 else x)
         for name, x in arrays.items()
@@ -384,7 +384,8 @@ def measure(name: str, flags: argparse.Namespace) -> Result:
     torch.manual_seed(0)
     diffusers.utils.logging.set_verbosity_error()
     dtype = jnp.bfloat16 if gpu else jnp.float32
-    case = NETWORKS[name](flags.pictures, dtype, flags.side)
+    with torch.device("cuda" if gpu else "cpu"):
+        case = NETWORKS[name](flags.pictures, dtype, flags.side)
     for module in case.theirs.values():
         randomise(module.eval())
     start = now()

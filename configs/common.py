@@ -45,6 +45,7 @@ def common(stage: str) -> ConfigDict:
     config.data.crop_fraction = 1.0  # of the side, for training on crops
     config.data.flip = False  # horizontally, at random
     config.data.threads = 4
+    config.data.workers = 0  # processes that make batches, with those threads each
     # What each source takes; holdout is the fraction kept for metrics.
     config.data.shapes = ConfigDict(dict(pairs=0.5, contrast=1))
     config.data.folder = ConfigDict(dict(holdout=0.02))

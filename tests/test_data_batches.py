@@ -2,6 +2,9 @@
 
 import io
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,6 +202,32 @@ def test_the_report_counts_what_was_handed_out_only():
     assert again.report() == iterator.report()
 
 
+def check_workers():
+    source = numbered(20, bad=(3, 7))
+    expected = take(9, source, **CHANCE)
+    iterator = iterate(source, **CHANCE, workers=2, step=2)
+    assert_equal(expected[2:], [next(iterator) for _ in range(7)])
+    assert iterator.report()["skipped"] > 0
+    iterator.close()
+
+    iterator = iterate(numbered(4, bad=range(4)), workers=1)
+    with pytest.raises(UserError, match="100 examples in a row of numbers"):
+        next(iterator)
+    iterator.close()
+
+
+def test_workers_give_the_same_batches_and_errors():
+    # In a process of its own: what these tests check types with can't be pickled.
+    code = "from tests import test_data_batches; test_data_batches.check_workers()"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0 and "leaked" not in result.stderr, result.stderr
+
+
 def test_all_bad_is_an_error():
     with pytest.raises(
         UserError, match=r"100 examples in a row of numbers .*no caption"
@@ -211,6 +240,7 @@ def test_all_bad_is_an_error():
     [
         ({"process_count": 3}, "a batch of 8 does not divide by 3 processes"),
         ({"seed": -1}, "the seed is -1"),
+        ({"workers": -1}, "workers is -1"),
         ({"crop": "top"}, 'crop is "top"; it can be one of .*random'),
         ({"crop_fraction": 0.0}, "crop_fraction is 0.0"),
     ],

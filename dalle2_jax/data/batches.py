@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from absl import flags
 
 from dalle2_jax.data import image as images
 from dalle2_jax.data.sources import BadExample, Source, as_list
@@ -39,6 +40,10 @@ class Batches:
             self._skipped[bad.reason] += 1
         return batch
 
+    def close(self) -> None:
+        """Ends what reads ahead; there are no more batches."""
+        self._iterator.close()
+
     def report(self) -> dict:
         """How many examples this iterator has skipped, and for which reasons."""
         return {"skipped": self._skipped.total(), "reasons": dict(self._skipped)}
@@ -59,6 +64,7 @@ def batches(
     shuffle: bool = True,
     captions: bool = False,
     threads: int = 4,
+    workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
@@ -73,7 +79,9 @@ def batches(
     With crop_fraction below 1, "image" is a random part of the picture at its size, of
     that fraction of its side. `flip` mirrors half of the pictures, whose captions must
     not speak of left and right. `shuffle` orders each epoch anew; endless sources are
-    never shuffled.
+    never shuffled. Each of `workers` processes makes whole batches with that many
+    `threads`; without any, this one does. (Decoding leaves Python to the other threads,
+    drawing `shapes` does not.)
 
     An unusable example is replaced by another one, counted in `.report()`, and logged
     once for each reason. Raises UserError if 100 in a row are unusable.
@@ -92,6 +100,8 @@ def batches(
         raise UserError(f"{source.name} has no examples")
     if seed < 0:
         raise UserError(f"the seed is {seed}; it must be 0 or more")
+    if workers < 0:
+        raise UserError(f"workers is {workers}; the least, for none, is 0")
 
     def load(position: int, index: int) -> tuple[dict, list[BadExample]]:
         skipped = []
@@ -142,14 +152,17 @@ def batches(
         indices.repeat()
         .map_with_index(load)
         .batch(batch_size // process_count, batch_fn=collate)
-    )[process_index::process_count]
-    iterator = iter(
-        dataset.to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-        )
+    )[step * process_count + process_index :: process_count]
+    dataset = dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
-    iterator.set_state({"next_index": step})
-    return Batches(iterator)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads its own, which need a program
+            flags.FLAGS.mark_as_parsed()
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
+        )
+    return Batches(iter(dataset))
 
 
 def _square(

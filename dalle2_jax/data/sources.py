@@ -38,8 +38,11 @@ class BadExample(Exception):
     """One example is unusable: its key, and a reason to count it under."""
 
     def __init__(self, reason: str, key: str):
-        super().__init__(f"{reason}: {key}")
-        self.reason = reason
+        super().__init__(reason, key)
+        self.reason, self.key = reason, key
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.key}"
 
 
 class Source:

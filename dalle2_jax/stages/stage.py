@@ -175,6 +175,7 @@ def make_batches(
             flip=data.flip,
             context_length=context_length,
             threads=data.threads,
+            workers=data.workers if split == "train" else 0,
             process_index=0 if whole else jax.process_index(),
             process_count=1 if whole else jax.process_count(),
         )

@@ -143,6 +143,8 @@ def train(
         preview = jit(stage.preview, out_shardings=everywhere)
 
         data = batches(start)
+        if hasattr(data, "close"):
+            stack.callback(data.close)
         recent = []  # what the steps since the last log line gave, still on the devices
         for step in range(start + 1, config.steps + 1):
             batch = meshes.put_batch(next(data), mesh, config.accumulate)
