@@ -4,6 +4,7 @@
 
 tiny      for tests.
 small     a laptop: pictures of 64 px.
+base      the same for longer, in larger batches, on a GPU: the bundled model.
 paper     ViT-H/16 at 256 px, as in the appendix of arXiv 2204.06125.
 vit_l_14  OpenAI's ViT-L/14 at 224 px, which Karlo builds on, to be fine-tuned:
           --config.init_from=MODEL, a converted one.
@@ -12,6 +13,21 @@ vit_l_14  OpenAI's ViT-L/14 at 224 px, which Karlo builds on, to be fine-tuned:
 from ml_collections import ConfigDict
 
 from configs.common import FINETUNE, common, row
+
+_SMALL_NET = dict(
+    embed_dim=128,
+    image_size=64,
+    patch_size=16,
+    vision_width=128,
+    vision_layers=3,
+    vision_heads=4,
+    # Learns shapes from far fewer pictures than patches of raw pixels do.
+    vision_stem=(16, 32, 64, 128),
+    context_length=24,
+    text_width=128,
+    text_layers=2,
+    text_heads=4,
+)
 
 SIZES = {
     "tiny": {
@@ -34,21 +50,15 @@ SIZES = {
         "shapes": dict(contrast=8),
     },
     "small": {
-        "net": dict(
-            embed_dim=128,
-            image_size=64,
-            patch_size=16,
-            vision_width=128,
-            vision_layers=3,
-            vision_heads=4,
-            # Learns shapes from far fewer pictures than patches of raw pixels do.
-            vision_stem=(16, 32, 64, 128),
-            context_length=24,
-            text_width=128,
-            text_layers=2,
-            text_heads=4,
-        ),
+        "net": _SMALL_NET,
         "loop": dict(steps=6000, batch_size=64),
+        "optim": dict(warmup=200),
+        "tokenizer": dict(captions=10_000),
+        "shapes": dict(contrast=8),
+    },
+    "base": {
+        "net": _SMALL_NET,
+        "loop": dict(steps=3000, batch_size=1024),
         "optim": dict(warmup=200),
         "tokenizer": dict(captions=10_000),
         "shapes": dict(contrast=8),

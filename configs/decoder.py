@@ -5,6 +5,7 @@
 
 tiny        for tests: 16 px.
 small       a laptop: 32 px.
+base        minutes on a GPU: 32 px, the bundled model.
 paper       the 3.5B decoder of Table 3 of arXiv 2204.06125: 64 px.
 karlo       Karlo's, to be fine-tuned: --config.init_from=MODEL, a converted Karlo.
 karlo_lean  the same in far less memory: the middle and the way up.
@@ -86,6 +87,27 @@ SIZES = {
         "sampling": dict(steps=50, guidance=2.0),
         "drop_caption": 0.3,
     },
+    "base": {
+        "size": 32,
+        "unet": dict(
+            channels=64,
+            multipliers=(1, 2),
+            blocks=2,
+            out_channels=3,
+            attention_levels=(1,),
+            head_channels=64,
+            dropout=0.0,
+            groups=16,
+            patch_size=2,
+        ),
+        "text_encoder": None,
+        "context_width": 128,
+        "loop": dict(steps=9000, batch_size=512, dtype="bfloat16"),
+        "optim": dict(name="muon", warmup=200),
+        "diffusion": _DIFFUSION,
+        "sampling": dict(steps=50, guidance=2.0),
+        "drop_caption": 0.3,
+    },
     "paper": {
         "size": 64,
         "unet": dict(
@@ -134,7 +156,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.net.unet = ConfigDict(values["unet"])
     config.net.unet.in_channels = 3
     config.net.unet.scale_shift = True
-    config.net.unet.remat = size not in ("tiny", "small")
+    config.net.unet.remat = size not in ("tiny", "small", "base")
     config.net.context_width = values["context_width"]
     config.net.image_tokens = 4
     config.net.text_encoder = placeholder(ConfigDict)  # None: CLIP's text states

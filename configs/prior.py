@@ -5,6 +5,7 @@
 
 tiny        for tests.
 small       a laptop.
+base        minutes on a GPU: the bundled model.
 paper       the 1B diffusion prior of Table 3 of arXiv 2204.06125.
 karlo       Karlo's, to be fine-tuned: --config.init_from=MODEL, a converted Karlo.
 karlo_lean  the same in far less memory: the upper half of the blocks.
@@ -34,6 +35,13 @@ SIZES = {
     "small": {
         "net": dict(width=128, layers=4, heads=4),
         "loop": dict(steps=1200, batch_size=64),
+        "optim": dict(warmup=200),
+        "statistics_examples": 8192,
+        "sampling": dict(steps=25, guidance=1.0),
+    },
+    "base": {
+        "net": dict(width=192, layers=6, heads=6),
+        "loop": dict(steps=6000, batch_size=256),
         "optim": dict(warmup=200),
         "statistics_examples": 8192,
         "sampling": dict(steps=25, guidance=1.0),
@@ -75,7 +83,7 @@ def get_config(size: str = "small") -> ConfigDict:
 
     config.net = ConfigDict(values["net"])
     config.net.activation = "gelu"
-    config.net.remat = size not in ("tiny", "small")
+    config.net.remat = size not in ("tiny", "small", "base")
     config.diffusion = diffusion(predict="x0", variance="fixed_small")
     config.sampling = sampling(**{"clip": 10.0, **values["sampling"]})
     config.drop_caption = 0.1
