@@ -1,16 +1,37 @@
-"""Makes pictures of captions.
+"""Makes pictures: of captions, or from pictures.
 
 python sample.py --prompt="a large red circle" [--model=DIR] [--num=4] [--out=DIR]
+python sample.py --task=variations --image=photo.jpg --eta=0.5
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.flags import run
 
-PROMPT = flags.DEFINE_multi_string("prompt", [], "A caption; may be repeated.")
+
+class Task(NamedTuple):
+    """What a task needs and what else it may be told, by the names of flags."""
+
+    needs: tuple[str, ...]
+    takes: tuple[str, ...]
+
+
+TASKS = {
+    "text_to_image": Task(("prompt",), ("num", "best_of", "negative_prompt")),
+    "variations": Task(("image",), ("num", "eta")),
+    "interpolate": Task(("image", "image2"), ("frames", "shared_noise")),
+    "text_diff": Task(("image", "prompt_from", "prompt"), ("frames", "theta")),
+    "inpaint": Task(("image", "mask", "prompt"), ("num", "repeats")),
+    "outpaint": Task(("image", "prompt"), ("num", "extend", "repeats")),
+    "img2img": Task(("image", "prompt"), ("num", "strength")),
+    "reconstruct": Task(("image",), ()),
+}
+TASK = flags.DEFINE_enum("task", "text_to_image", list(TASKS), "What to make.")
 MODEL = flags.DEFINE_string(
     "model", "", "A model's directory or its name on a hub (the bundled model)."
 )
@@ -20,7 +41,6 @@ DTYPE = flags.DEFINE_enum(
 OFFLOAD = flags.DEFINE_bool(
     "offload", False, "Keep on the device only the network that runs."
 )
-NUM = flags.DEFINE_integer("num", 4, "Pictures of each prompt.")
 SEED = flags.DEFINE_integer("seed", 0, "Another seed, other pictures.")
 SIZE = flags.DEFINE_integer("size", None, "Side in pixels (the largest possible).")
 STEPS = flags.DEFINE_string(
@@ -32,6 +52,29 @@ GUIDANCE = flags.DEFINE_string(
     "guidance", "", "Scales of the guidance, as prior=2,decoder=4; 1 is none."
 )
 OUT = flags.DEFINE_string("out", "samples", "Directory for the pictures.")
+
+# What some tasks need or take; what is not given has no value.
+OF_TASKS = [
+    flags.DEFINE_multi_string(
+        "prompt", [], "A caption; text_to_image takes several, each with a flag."
+    ),
+    flags.DEFINE_integer("num", None, "Pictures, of each prompt (4)."),
+    flags.DEFINE_integer(
+        "best_of", None, "Make so many of each prompt, keep what CLIP likes best."
+    ),
+    flags.DEFINE_string("negative_prompt", None, "What guidance leads away from."),
+    flags.DEFINE_string("image", None, "A picture's file."),
+    flags.DEFINE_string("image2", None, "Another one, to interpolate to."),
+    flags.DEFINE_string("mask", None, "A picture as large: white is painted."),
+    flags.DEFINE_string("prompt_from", None, "What the picture shows, for text_diff."),
+    flags.DEFINE_float("eta", None, "Variations from the picture's own noise: 0 to 1."),
+    flags.DEFINE_integer("frames", None, "Pictures of a path."),
+    flags.DEFINE_bool("shared_noise", None, "Interpolate with one noise for all."),
+    flags.DEFINE_float("theta", None, "How far a text_diff goes: 0 to 1."),
+    flags.DEFINE_float("strength", None, "How much img2img may change: above 0, to 1."),
+    flags.DEFINE_float("extend", None, "How much larger outpaint's canvas is."),
+    flags.DEFINE_integer("repeats", None, "How often inpainting takes a step."),
+]
 
 
 def settings(text: str, flag: str, number: type) -> dict:
@@ -55,9 +98,48 @@ def settings(text: str, flag: str, number: type) -> dict:
     return result
 
 
+def task_values() -> dict[str, Any]:
+    """The flags of the task that are given, checked; its prompt without the list."""
+    task = TASKS[TASK.value]
+    given = {f.name: f.value for f in OF_TASKS if f.value not in (None, [])}
+    for name in task.needs:
+        if name not in given:
+            raise UserError(_without(name))
+    for name in given:
+        if name not in task.needs + task.takes:
+            takes = ", ".join(f"--{flag}" for flag in task.needs + task.takes)
+            raise UserError(f"--task={TASK.value} takes no --{name}, only {takes}")
+    if "num" in task.takes:
+        given.setdefault("num", 4)
+    if TASK.value != "text_to_image" and "prompt" in given:
+        if len(given["prompt"]) > 1:
+            raise UserError(f"--task={TASK.value} takes one --prompt")
+        given["prompt"] = given["prompt"][0]
+    return given
+
+
+def _without(name: str) -> str:
+    if name == "prompt":
+        return 'no --prompt: say what to show, as --prompt="a red circle"'
+    kind = "FILE" if name in ("image", "image2", "mask") else "..."
+    return f"--task={TASK.value} needs --{name}={kind}"
+
+
+def make(model: Any, values: dict[str, Any], **rest: Any) -> Any:
+    """Calls the task's function, whose arguments are named as the flags."""
+    import dalle2_jax
+
+    rename = {"image": "picture", "image2": "other"}
+    if TASK.value == "text_to_image":
+        rename["prompt"] = "prompts"
+    if TASK.value == "reconstruct":
+        rename["image"] = "pictures"
+    arguments = {rename.get(name, name): value for name, value in values.items()}
+    return getattr(dalle2_jax, TASK.value)(model, **arguments, **rest)
+
+
 def main() -> None:
-    if not PROMPT.value:
-        raise UserError('no --prompt: say what to show, as --prompt="a red circle"')
+    values = task_values()
     steps = settings(STEPS.value, "steps", int)
     guidance = settings(GUIDANCE.value, "guidance", float)
 
@@ -75,36 +157,47 @@ def main() -> None:
     with Progress(
         *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn()
     ) as bars:
-        tasks = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        pictures = dalle2_jax.text_to_image(
+        pictures = make(
             model,
-            PROMPT.value,
+            values,
             seed=SEED.value,
-            num=NUM.value,
             size=SIZE.value,
             steps=steps,
             guidance=guidance,
-            progress=progress,
+            progress=_shown(bars),
         )
+    prompts = values.get("prompt", "")
+    told = {
+        "seed": str(SEED.value),
+        "model": model.path,
+        "settings": f"steps {STEPS.value or 'default'}; "
+        f"guidance {GUIDANCE.value or 'default'}",
+    }
+    if TASK.value != "text_to_image":
+        told |= {name: str(value) for name, value in values.items()}
+        told["task"] = TASK.value
     for k, picture in enumerate(pictures):
-        metadata = {
-            "prompt": PROMPT.value[k // NUM.value],
-            "seed": str(SEED.value),
-            "picture": str(k),
-            "model": model.path,
-            "settings": f"steps {STEPS.value or 'default'}; "
-            f"guidance {GUIDANCE.value or 'default'}",
-        }
+        prompt = prompts if isinstance(prompts, str) else prompts[k // values["num"]]
+        metadata = told | {"prompt": prompt, "picture": str(k)}
         image.save_png(out / f"{k:03d}.png", picture, metadata)
-    columns = NUM.value if len(PROMPT.value) > 1 else min(NUM.value, 4)
+    if isinstance(prompts, list) and len(prompts) > 1:
+        columns = values["num"]  # a row for each prompt
+    else:  # a path is one row
+        columns = 4 if "num" in values else len(pictures)
     image.save_png(out / "grid.png", image.grid(pictures, columns))
     print(f"{len(pictures)} pictures and grid.png are in {out}")
+
+
+def _shown(bars: Any) -> Callable[[str, int, int], None]:
+    """A progress function that draws a bar for each stage."""
+    tasks = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done)
+
+    return progress
 
 
 def make_directory(path: str) -> Path:

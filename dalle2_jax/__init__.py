@@ -6,14 +6,29 @@ pictures = dalle2_jax.text_to_image(model, "a large red circle", num=4)
 
 import importlib
 
+_EDITS = (
+    "blend",
+    "decode",
+    "embed",
+    "img2img",
+    "inpaint",
+    "interpolate",
+    "invert",
+    "outpaint",
+    "reconstruct",
+    "text_diff",
+    "variations",
+)
 _WHERE = {
     "UserError": "dalle2_jax.errors",
+    "clip_score": "dalle2_jax.pipeline.encode",
     "encode_image": "dalle2_jax.pipeline.encode",
     "encode_text": "dalle2_jax.pipeline.encode",
     "load": "dalle2_jax.hub",
     "load_clip": "dalle2_jax.hub",
+    "stream": "dalle2_jax.pipeline.generate",
     "text_to_image": "dalle2_jax.pipeline.generate",
-    "variations": "dalle2_jax.pipeline.generate",
+    **dict.fromkeys(_EDITS, "dalle2_jax.pipeline.edit"),
 }
 
 __all__ = sorted(_WHERE)

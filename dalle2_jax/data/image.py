@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
@@ -49,15 +49,24 @@ def clip_normalize(x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
 
 
 def read(
-    source: str | os.PathLike | bytes | Image.Image, at_least: int | None = None
+    source: str | os.PathLike | bytes | np.ndarray | Image.Image,
+    at_least: int | None = None,
 ) -> Image.Image:
     """Decodes a picture of any mode to RGB: upright by its EXIF, its alpha on white.
 
-    `at_least` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, several times as
-    fast, as long as both its sides keep at least so many pixels.
+    An array is uint8 [h, w, 3]. `at_least` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of
+    its size, several times as fast, as long as both its sides keep at least so many
+    pixels.
 
     Raises UserError if it is not a picture, damaged, or beyond Pillow's limit of size.
     """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3:
+            raise UserError(
+                f"a picture of shape {source.shape} and dtype {source.dtype}: give "
+                "uint8 [height, width, 3]"
+            )
+        return Image.fromarray(source)
     name = f"the picture {source}" if isinstance(source, str | os.PathLike) else "it"
     try:
         return _to_rgb(_open(source, at_least))
@@ -142,18 +151,9 @@ def crop_square(
 def clip_input(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """A picture as CLIP sees it: its shorter side resized, then the middle of it.
 
-    So does transformers' CLIPImageProcessor, to the last bit. `source` is an array
-    uint8 [h, w, 3], or what `read` takes.
-
-    Raises UserError if it is not a picture.
+    So does transformers' CLIPImageProcessor, to the last bit. `source` is what `read`
+    takes.
     """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3:
-            raise UserError(
-                f"a picture of shape {source.shape} and dtype {source.dtype}: give "
-                "uint8 [height, width, 3]"
-            )
-        source = Image.fromarray(source)
     picture = read(source)
     short, long = sorted(picture.size)
     long = int(size * long / short)
@@ -181,6 +181,54 @@ def resize_square(
     if picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     return np.array(picture)
+
+
+def square(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """The middle square of what `read` takes, at a size."""
+    return crop_resize(read(source), size)
+
+
+def read_mask(source: Any) -> Bool[np.ndarray, "h w"]:
+    """Where a picture, or an array [h, w] of bool or uint8, is nearer white than black.
+
+    Raises UserError if it is neither.
+    """
+    if isinstance(source, np.ndarray) and source.ndim == 2:
+        if source.dtype == bool:
+            return source
+        if source.dtype == np.uint8:
+            return source >= 128
+        raise UserError(f"a mask of dtype {source.dtype}: give bool or uint8")
+    return np.asarray(read(source).convert("L")) >= 128
+
+
+def square_mask(
+    mask: Bool[np.ndarray, "h w"], size: int
+) -> Bool[np.ndarray, "{size} {size}"]:
+    """The middle square of a mask, at a size: all pixels that it touches."""
+    square = np.asarray(crop_square(Image.fromarray(mask)), np.float32)
+    if len(square) == size:
+        return square > 0
+    weights = _area_weights(len(square), size)
+    return weights.T @ square @ weights > 1e-6
+
+
+def on_canvas(
+    picture: Image.Image, size: int, times: float, place: tuple[float, float]
+) -> tuple[UInt8[np.ndarray, "{size} {size} 3"], Bool[np.ndarray, "{size} {size}"]]:
+    """A whole picture on a square canvas, and where the canvas is empty.
+
+    The canvas's side is that many times the picture's longer one; `place` is where the
+    picture is in the room that is left, from (0, 0) to (1, 1).
+    """
+    scale = size / times / max(picture.size)
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    x, y = round((size - width) * place[0]), round((size - height) * place[1])
+    canvas, empty = np.zeros((size, size, 3), np.uint8), np.ones((size, size), bool)
+    small = picture.resize((width, height), Image.Resampling.BICUBIC)
+    canvas[y : y + height, x : x + width] = small
+    empty[y : y + height, x : x + width] = False
+    return canvas, empty
 
 
 # Resizing and blurring: of batches, on the device

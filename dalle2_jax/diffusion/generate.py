@@ -4,7 +4,7 @@ The settings are two sections of a config. `diffusion` says how the network was 
 schedule, steps, predict, variance, min_snr_gamma, snr_power, logit_normal. `sampling`
 says how to run it:
 
-    sampler    "ddpm", "ddim" or "dpm_solver"
+    sampler    "ddpm", "ddim", "dpm_solver", or "repaint" with its own `repeats`
     steps      how many, or which (see schedule.respace)
     guidance   scale of classifier-free guidance; 1 for none
     eta        noise of "ddim", 0 to 1
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from dalle2_jax.diffusion import guide, sample, schedule
 from dalle2_jax.errors import UserError
 
-SAMPLERS = ("ddpm", "ddim", "dpm_solver")
+SAMPLERS = ("ddpm", "ddim", "dpm_solver", "repaint")
 
 
 Apply = Callable[[Array, Array, Any], Array]
@@ -38,6 +38,7 @@ def generate(
     diffusion: Mapping[str, Any],
     sampling: Mapping[str, Any],
     last: Apply | None = None,
+    known: tuple[Array, Array] | None = None,
 ) -> Float[Array, "b ..."]:
     """Samples x0, one for each entry of the condition.
 
@@ -48,28 +49,21 @@ def generate(
       draw: the noise; draw(0) is x_T.
       diffusion, sampling: see the module.
       last: the network of the last step, where it has one of its own.
+      known: (x0, mask) that broadcast over the samples: what is to stay where the mask
+        is 0.
 
     Raises:
       UserError: the sampler is unknown.
     """
-    table = schedule.make(diffusion["schedule"], diffusion["steps"])
-    table = schedule.respace(table, sampling["steps"])
+    table = levels(diffusion, sampling)
     x = draw(0)
-
-    def denoiser(apply: Apply) -> sample.Denoiser:
-        return guide.denoiser(
-            guide.classifier_free(
-                apply, cond, null, sampling["guidance"], channels=x.shape[-1]
-            ),
-            table,
-            predict=diffusion["predict"],
-            variance=diffusion["variance"],
-            transform=_transform(sampling["clip"], sampling["threshold"]),
-        )
-
-    denoise = denoiser(apply)
+    channels = x.shape[-1]
+    denoise = denoiser(apply, cond, null, diffusion, sampling, channels)
     if last is not None:
-        denoise = guide.change_last(denoise, denoiser(last))
+        last_denoise = denoiser(last, cond, null, diffusion, sampling, channels)
+        denoise = guide.change_last(denoise, last_denoise)
+    if known is not None:
+        denoise = guide.keep_known(denoise, *known)
     match sampling["sampler"]:
         case "ddpm":
             return sample.ddpm(denoise, table, x, draw)
@@ -77,8 +71,51 @@ def generate(
             return sample.ddim(denoise, table, x, draw, sampling["eta"])
         case "dpm_solver":
             return sample.dpm_solver(denoise, table, x)
+        case "repaint":
+            return sample.repaint(denoise, table, x, draw, sampling["repeats"])
     raise UserError(
         f"sampler is {sampling['sampler']!r}: must be one of {', '.join(SAMPLERS)}"
+    )
+
+
+def invert(
+    apply: Apply,
+    cond: Any,
+    null: Any,
+    x: Float[Array, "b ..."],
+    diffusion: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+) -> Float[Array, "b ..."]:
+    """The x_T from which "ddim" at eta 0 makes x; arguments are those of `generate`."""
+    denoise = denoiser(apply, cond, null, diffusion, sampling, x.shape[-1])
+    return sample.invert(denoise, levels(diffusion, sampling), x)
+
+
+def levels(
+    diffusion: Mapping[str, Any], sampling: Mapping[str, Any]
+) -> schedule.Schedule:
+    """The schedule of the sampling steps."""
+    table = schedule.make(diffusion["schedule"], diffusion["steps"])
+    return schedule.respace(table, sampling["steps"])
+
+
+def denoiser(
+    apply: Apply,
+    cond: Any,
+    null: Any,
+    diffusion: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    channels: int,
+) -> sample.Denoiser:
+    """The network as a denoiser of x with so many channels, guided and clipped."""
+    return guide.denoiser(
+        guide.classifier_free(
+            apply, cond, null, sampling["guidance"], channels=channels
+        ),
+        levels(diffusion, sampling),
+        predict=diffusion["predict"],
+        variance=diffusion["variance"],
+        transform=_transform(sampling["clip"], sampling["threshold"]),
     )
 
 

@@ -46,6 +46,11 @@ def replay(noise: Float[Array, "steps b ..."]) -> Draw:
     return lambda k: noise[k]
 
 
+def start(x: X, draw: Draw) -> Draw:
+    """The noise of `draw`, but for x_T, which is `x`."""
+    return lambda k: x if isinstance(k, int) and k == 0 else draw(k)
+
+
 def ddpm(denoise: Denoiser, schedule: Schedule, x: X, draw: Draw) -> X:
     """Ancestral sampling (DDPM, algorithm 2).
 
@@ -99,6 +104,36 @@ def ddim(
         return signal * x0 + at(np.sqrt(1 - schedule.alpha_bar_prev), i, x) * noise
 
     return _scan(step, x, _descending(schedule))
+
+
+def repaint(
+    denoise: Denoiser, schedule: Schedule, x: X, draw: Draw, repeats: int = 1
+) -> X:
+    """`ddpm` with every step but the last taken several times (RePaint, algorithm 1).
+
+    In between, noise takes x_{i-1} back to x_i, so that what is free has the time to
+    agree with what `guide.keep_known` holds (Lugmayr et al. 2022, arXiv 2201.09865).
+
+    Takes and returns what `ddpm` does; `draw` gives 2 · repeats pieces of noise for
+    each step.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; a step is taken at least once")
+
+    def step(x, i):
+        def once(x, k):
+            x0, log_variance = denoise(x, i)
+            mean = posterior_mean(schedule, x0, x, i)
+            before = mean + jnp.exp(0.5 * log_variance) * draw(k)
+            beta = at(schedule.betas, i, x)
+            again = jnp.sqrt(1 - beta) * before + jnp.sqrt(beta) * draw(k + 1)
+            return again, before
+
+        first = 1 + 2 * repeats * (schedule.steps - 1 - i)
+        return jax.lax.scan(once, x, first + 2 * jnp.arange(repeats))[1][-1]
+
+    x = _scan(step, x, _descending(schedule)[:-1])
+    return denoise(x, jnp.int32(0)).x0
 
 
 def invert(denoise: Denoiser, schedule: Schedule, x: X) -> X:

@@ -75,6 +75,29 @@ class TextEncoder(nn.Module):
         return x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
 
 
+def with_known(
+    x_t: Float[Array, "b h w 3"],
+    known: tuple[Float[Array, "#b h w 3"], Float[Array, "#b h w 1"]] | None,
+) -> Float[Array, "b h w 7"]:
+    """What a decoder that was trained to inpaint is given (GLIDE, section 3.3).
+
+    Args:
+      x_t: noised pictures.
+      known: pictures in [-1, 1], and a mask: 0 where they are known, 1 where they are
+        to be painted, and not shown. None where nothing is known.
+
+    Returns:
+      x_t, the known pixels (0 elsewhere), and the mask.
+    """
+    if known is None:
+        zeros = jnp.zeros_like(x_t)
+        return jnp.concatenate([x_t, zeros, zeros[..., :1] + 1], axis=-1)
+    picture, mask = known
+    told = jnp.concatenate([picture * (1 - mask), mask], axis=-1)
+    told = jnp.broadcast_to(told.astype(x_t.dtype), (*x_t.shape[:-1], 4))
+    return jnp.concatenate([x_t, told], axis=-1)
+
+
 class Decoder(nn.Module):
     """ε, x0 or v (and a variance) of a noised picture, given z_image and a caption.
 
@@ -95,6 +118,11 @@ class Decoder(nn.Module):
     image_tokens: int = 4
     text_encoder: Mapping[str, Any] | None = None
     dtype: DTypeLike = jnp.float32
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether it is also told what is known of the picture (see `with_known`)."""
+        return self.unet["in_channels"] == 7
 
     def setup(self) -> None:
         def dense(features: int) -> nn.Dense:

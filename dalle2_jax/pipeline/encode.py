@@ -72,6 +72,20 @@ def encode_image(clip: Model, images: Any) -> Float[np.ndarray, "n d"]:
     return in_batches(some, len(pictures), clip.devices.size, BATCH)
 
 
+def clip_score(
+    clip: Model, images: Any, texts: str | Sequence[str]
+) -> Float[np.ndarray, " n"]:
+    """Cosines of the CLIP embeddings of pictures and captions, one caption each.
+
+    Arguments and errors are those of `encode_image` and `encode_text`.
+    """
+    z_image, z_text = encode_image(clip, images), encode_text(clip, texts)
+    if len(z_image) != len(z_text):
+        raise UserError(f"{len(z_image)} pictures and {len(z_text)} captions")
+    products = (z_image * z_text).sum(-1)
+    return products / np.linalg.norm(z_image, axis=-1) / np.linalg.norm(z_text, axis=-1)
+
+
 def spread(model: Model) -> NamedSharding:
     """A batch split over the model's devices."""
     return NamedSharding(model.devices, PartitionSpec("data"))

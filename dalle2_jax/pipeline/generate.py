@@ -1,7 +1,7 @@
-"""Text to image and variations: a prior, a decoder, and a cascade of upsamplers."""
+"""Text to image: a prior, a decoder, and a cascade of upsamplers."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import Caption
-from dalle2_jax.nn.decoder import Context
-from dalle2_jax.pipeline.encode import encode_caption, encode_image, spread
-from dalle2_jax.pipeline.models import Model, Part, in_batches, require
+from dalle2_jax.nn.decoder import Context, with_known
+from dalle2_jax.pipeline.encode import clip_score, encode_caption, spread
+from dalle2_jax.pipeline.models import Model, Part, batches, require
 from dalle2_jax.xla import jit
 
 BATCH = 16  # the most pictures at once on a device
@@ -32,6 +32,8 @@ def text_to_image(
     steps: Mapping[str, Any] | None = None,
     guidance: Mapping[str, float] | None = None,
     noise: Mapping[str, Any] | None = None,
+    negative_prompt: str = "",
+    best_of: int | None = None,
     progress: Progress | None = None,
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Pictures of captions (section 2 of arXiv 2204.06125).
@@ -51,6 +53,9 @@ def text_to_image(
         own from the seed: {"prior": [steps, n, d], "decoder": [steps, n, h, w, 3],
         "upsampler": ([steps, n, h, w, 3],)}, n pictures in all. Entry 0 is x_T, entry k
         the noise that is added after step k; the last step adds none.
+      negative_prompt: what guidance leads away from, in place of the empty caption.
+      best_of: how many pictures to make of each prompt; the ``num`` of them that CLIP
+        finds most like it (`clip_score`) are returned, the best first.
       progress: called as progress(stage, pictures done, pictures in all).
 
     Returns:
@@ -59,107 +64,186 @@ def text_to_image(
     Raises:
       UserError: an empty prompt, or settings that the model cannot meet.
     """
-    require(model, "tokenizer", "clip", "prior", "decoder")
+    made = num if best_of is None else best_of
+    if made < num:
+        raise UserError(f"best_of={best_of}: must be at least num={num}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    _check_prompts(prompts)
-    _check(num, seed)
-    model = _set(_cut(model, size), "steps", steps or {}, _STAGES)
-    model = _set(model, "guidance", guidance or {}, _STAGES[:2])
-    length = model.clip.network.context_length
-    tokens = model.tokenizer.encode(prompts, length).repeat(num, axis=0)
-    given = _given(model, noise or {}, len(tokens), _STAGES)
-    return _cascade(model, tokens, None, seed, given, progress)
+    settings = Settings(size, steps or {}, guidance or {}, noise or {})
+    model, request = of_prompts(model, prompts, seed, made, settings, negative_prompt)
+    pictures = cascade(model, request, progress)
+    if best_of is None:
+        return pictures
+    scores = clip_score(model, pictures, [p for p in prompts for _ in range(made)])
+    ranks = np.argsort(-scores.reshape(-1, made), axis=1, kind="stable")[:, :num]
+    return pictures[(ranks + made * np.arange(len(prompts))[:, None]).reshape(-1)]
 
 
-def variations(
+def stream(
     model: Model,
-    picture: Any,
+    prompts: str | Sequence[str],
     *,
     seed: int = 0,
     num: int = 1,
     size: int | None = None,
     steps: Mapping[str, Any] | None = None,
     guidance: Mapping[str, float] | None = None,
-    noise: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> UInt8[np.ndarray, "{num} h w 3"]:
-    """Pictures that CLIP sees alike: decoded from a picture's own CLIP embedding.
+    negative_prompt: str = "",
+) -> Iterator[tuple[str, UInt8[np.ndarray, "b h w 3"]]]:
+    """`text_to_image` as a generator of what each network has made, for previews.
 
-    There is no caption and no prior, and x_T is white noise (as Karlo's pipeline does;
-    section 3.1 of arXiv 2204.06125 inverts the picture for it).
-
-    Args:
-      picture: a PIL image, an array uint8 [h, w, 3] or the path of a file, of any size.
-      others: as of `text_to_image`, less what concerns the prior.
-
-    Raises:
-      UserError: not a picture, a CLIP without its image tower, or settings that the
-        model cannot meet.
+    Yields:
+      ("decoder", small pictures), then ("upsampler S", pictures of side S), from the
+      smallest to the largest; of each batch in turn, if there are several.
     """
-    require(model, "tokenizer", "clip", "decoder")
-    _check(num, seed)
-    model = _set(_cut(model, size), "steps", steps or {}, _STAGES[1:])
-    model = _set(model, "guidance", guidance or {}, _STAGES[1:2])
-    z_image = encode_image(model, picture).repeat(num, axis=0)
-    if len(z_image) != num:
-        raise UserError(f"{len(z_image) // num} pictures: give one")
-    tokens = model.tokenizer.encode([""], model.clip.network.context_length)
-    tokens = tokens.repeat(num, axis=0)
-    given = _given(model, noise or {}, num, _STAGES[1:])
-    return _cascade(model, tokens, z_image, seed, given, progress)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    settings = Settings(size, steps or {}, guidance or {}, {})
+    model, request = of_prompts(model, prompts, seed, num, settings, negative_prompt)
+    for stage, rows, x in run(model, request):
+        if stage != "prior":
+            rows = np.unique(rows)
+            yield stage, np.asarray(image.to_uint8(x))[: len(rows)]
 
 
-def _cascade(
+class Settings(NamedTuple):
+    """What the caller changes of a model's sampling; see `text_to_image`."""
+
+    size: int | None
+    steps: Mapping[str, Any]
+    guidance: Mapping[str, float]
+    noise: Mapping[str, Any]
+
+
+class Request(NamedTuple):
+    """What the cascade shall make: n pictures.
+
+    Attributes:
+      tokens: of their captions.
+      null: of the caption that guidance leads away from.
+      keys: what their noise follows from.
+      z_image: their image embeddings; None leaves them to the prior.
+      given: noise that networks shall not draw from the keys, by network.
+      start: the decoder's x_T; None draws it.
+      known: a picture in [-1, 1] of the largest side and a mask, 1 where it is to be
+        painted and 0 where it is to stay.
+    """
+
+    tokens: Int[np.ndarray, "n l"]
+    null: Int[np.ndarray, "1 l"]
+    keys: Key[Array, " n"]
+    z_image: Float[np.ndarray, "n d"] | None = None
+    given: Mapping[str, Float[np.ndarray, "steps n ..."]] = {}
+    start: Float[np.ndarray, "n h w 3"] | None = None
+    known: tuple[Float[np.ndarray, "1 s s 3"], Float[np.ndarray, "1 s s 1"]] | None = (
+        None
+    )
+
+
+def of_prompts(
     model: Model,
-    tokens: Int[np.ndarray, "n l"],
-    z_image: Float[np.ndarray, "n d"] | None,
+    prompts: Sequence[str],
     seed: int,
-    given: Mapping[str, Float[np.ndarray, "steps n ..."]],
-    progress: Progress | None,
-) -> UInt8[np.ndarray, "n h w 3"]:
-    """Pictures of captions and image embeddings, which by default the prior makes.
-
-    ``given`` is the noise that networks shall not draw from the seed.
-    """
+    num: int,
+    settings: Settings,
+    negative_prompt: str = "",
+) -> tuple[Model, Request]:
+    """The model with the settings, and the request for ``num`` of each prompt."""
+    require(model, "tokenizer", "clip", "prior", "decoder")
+    check_prompts(prompts)
+    check(num, seed)
+    model = set_all(model, settings, STAGES)
+    tokens = tokenize(model, prompts).repeat(num, axis=0)
     count = len(tokens)
-    empty = model.tokenizer.encode([""], tokens.shape[1])
-    keys = picture_keys(seed, count)
+    return model, Request(
+        tokens=tokens,
+        null=tokenize(model, [negative_prompt]),
+        keys=picture_keys(seed, count),
+        given=given_noise(model, settings.noise, count, STAGES),
+    )
 
-    def some(rows: np.ndarray) -> UInt8[np.ndarray, "b h w 3"]:
-        def place(x: Any) -> Array:
-            return jax.device_put(x, spread(model))
 
-        def randomness(part: str) -> Array:
+def tokenize(model: Model, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
+    return model.tokenizer.encode(list(texts), model.clip.network.context_length)
+
+
+def cascade(
+    model: Model, request: Request, progress: Progress | None = None
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """The pictures that `run` ends with, in order."""
+    count = len(request.tokens)
+    last = list(_names(model))[-1]
+    pictures = []
+    for stage, rows, x in run(model, request):
+        if progress is not None:
+            progress(stage, int(rows[-1]) + 1, count)
+        if stage == last:
+            pictures.append(np.asarray(image.to_uint8(x)))
+    return np.concatenate(pictures)[:count]
+
+
+def run(
+    model: Model, request: Request
+) -> Iterator[tuple[str, Int[np.ndarray, " b"], Array]]:
+    """Yields (stage, numbers of the pictures, what it made), a batch after the other.
+
+    The prior makes embeddings, the others pictures in [-1, 1].
+    """
+    given = request.given
+
+    def place(x: Any) -> Array:
+        return jax.device_put(x, spread(model))
+
+    for rows in batches(len(request.tokens), model.devices.size, BATCH):
+
+        def randomness(part: str, rows: np.ndarray = rows) -> Array:
             """What a network's noise follows from: keys, or noise drawn elsewhere."""
             if part not in given:
-                return place(keys[rows])
+                return place(request.keys[rows])
             # The pictures go first, where they are split over the devices.
             return place(np.moveaxis(given[part][:, rows], 1, 0))
 
-        def tell(stage: str, result: Array) -> Array:
-            # Waits, so that no two networks are on the devices if they are offloaded.
-            result.block_until_ready()
-            if progress is not None:
-                progress(stage, int(rows[-1]) + 1, count)
-            return result
-
-        words = place(tokens[rows])
+        words = place(request.tokens[rows])
         caption = encode_caption(model.clip, words)
-        null = encode_caption(model.clip, jnp.broadcast_to(empty, words.shape))
-        if z_image is not None:
-            z = place(z_image[rows])
+        null = encode_caption(model.clip, jnp.broadcast_to(request.null, words.shape))
+        if request.z_image is not None:
+            z = place(request.z_image[rows])
         else:
             mean, std = jnp.asarray(model.z_image_mean), jnp.asarray(model.z_image_std)
             z = sample_prior(model.prior, caption, null, randomness("prior"), mean, std)
-            tell("prior", z)
-        x = sample_decoder(model.decoder, z, caption, null, randomness("decoder"))
-        tell("decoder", x)
+            # Waits, so that no two networks are on the devices if they are offloaded.
+            yield "prior", rows, z.block_until_ready()
+        start = None if request.start is None else place(request.start[rows])
+        x = sample_decoder(
+            model.decoder,
+            z,
+            caption,
+            null,
+            randomness("decoder"),
+            start,
+            _known(request, model.decoder.size),
+        )
+        yield "decoder", rows, x.block_until_ready()
         for part in model.upsamplers:
             name = f"upsampler {part.size}"
-            x = tell(name, sample_upsampler(part, x, randomness(name)))
-        return np.asarray(image.to_uint8(x))
+            known = _known(request, part.size)
+            x = sample_upsampler(part, x, randomness(name), known)
+            yield name, rows, x.block_until_ready()
 
-    return in_batches(some, count, model.devices.size, BATCH)
+
+def _names(model: Model) -> Iterator[str]:
+    yield "decoder"
+    for part in model.upsamplers:
+        yield f"upsampler {part.size}"
+
+
+def _known(request: Request, size: int) -> tuple[Array, Array] | None:
+    """What is to stay, at a smaller size: pixels of which no part is to be painted."""
+    if request.known is None:
+        return None
+    picture, mask = map(jnp.asarray, request.known)
+    if picture.shape[1] == size:
+        return picture, mask
+    covered = image.resize(mask, size, "area")
+    return image.resize(picture, size), (covered > 1e-6).astype(jnp.float32)
 
 
 def picture_keys(seed: int, count: int) -> Key[Array, " count"]:
@@ -175,9 +259,11 @@ def picture_keys(seed: int, count: int) -> Key[Array, " count"]:
 _PRIOR, _DECODER, _UPSAMPLER = range(3)
 
 Randomness = Key[Array, " b"] | Float[Array, "b steps ..."]
+Known = tuple[Float[Array, "1 h w 3"], Float[Array, "1 h w 1"]]
 
 
 def _draw(randomness: Randomness, network: int, shape: tuple[int, ...]) -> sample.Draw:
+    """The noise of a network: replayed, or drawn from each picture's key."""
     if not jax.dtypes.issubdtype(randomness.dtype, jax.dtypes.prng_key):
         return sample.replay(jnp.moveaxis(randomness, 1, 0))
     keys = jax.vmap(jax.random.fold_in, (0, None))(randomness, network)
@@ -214,8 +300,40 @@ def sample_decoder(
     caption: Caption,
     null: Caption,
     randomness: Randomness,
+    start: Float[Array, "b h w 3"] | None = None,
+    known: Known | None = None,
 ) -> Float[Array, "b h w 3"]:
-    """Pictures in [-1, 1] of image embeddings and captions."""
+    """Pictures in [-1, 1] of image embeddings and captions.
+
+    ``start`` takes the place of x_T, ``known`` is what is to stay of a picture.
+    """
+    draw = _draw(randomness, _DECODER, (decoder.size, decoder.size, 3))
+    return generate.generate(
+        *_conditional(decoder, z_image, caption, null, known),
+        draw if start is None else sample.start(start, draw),
+        decoder.diffusion,
+        decoder.sampling,
+        known=known,
+    )
+
+
+@jit
+def invert_decoder(
+    decoder: Part,
+    x: Float[Array, "b h w 3"],
+    z_image: Float[Array, "b d"],
+    caption: Caption,
+    null: Caption,
+) -> Float[Array, "b h w 3"]:
+    """x_T of pictures in [-1, 1]: `sample_decoder` by "ddim" at eta 0 undone."""
+    apply, cond, null = _conditional(decoder, z_image, caption, null, None)
+    return generate.invert(apply, cond, null, x, decoder.diffusion, decoder.sampling)
+
+
+def _conditional(
+    decoder: Part, z_image: Array, caption: Caption, null: Caption, known: Known | None
+) -> tuple[generate.Apply, Context, Context]:
+    """The decoder as `generate` takes it, with its two conditions."""
     variables = {"params": decoder.params}
 
     def context(has_image: bool, caption: Caption) -> Context:
@@ -225,21 +343,19 @@ def sample_decoder(
         )
 
     def apply(x_t: Array, t: Array, context: Context) -> Array:
+        if decoder.network.inpaints:
+            x_t = with_known(x_t, known)
         return decoder.network.apply(variables, x_t, t, context, method="denoise")
 
-    return generate.generate(
-        apply,
-        context(True, caption),
-        context(False, null),
-        _draw(randomness, _DECODER, (decoder.size, decoder.size, 3)),
-        decoder.diffusion,
-        decoder.sampling,
-    )
+    return apply, context(True, caption), context(False, null)
 
 
 @jit
 def sample_upsampler(
-    upsampler: Part, low: Float[Array, "b h w 3"], randomness: Randomness
+    upsampler: Part,
+    low: Float[Array, "b h w 3"],
+    randomness: Randomness,
+    known: Known | None = None,
 ) -> Float[Array, "b s s 3"]:
     """Pictures of ``upsampler.size`` from those of ``upsampler.low_size``."""
     if upsampler.sampling["round_low"]:  # as a file would hold it; GLIDE does so
@@ -262,15 +378,23 @@ def sample_upsampler(
         upsampler.diffusion,
         upsampler.sampling,
         last=None if upsampler.last is None else network(upsampler.last),
+        known=known,
     )
 
 
 # What the caller asks for, checked and put into the model.
 
-_STAGES = ("prior", "decoder", "upsampler")
+STAGES = ("prior", "decoder", "upsampler")
 
 
-def _check_prompts(prompts: Sequence[str]) -> None:
+def set_all(model: Model, settings: Settings, allowed: Sequence[str]) -> Model:
+    """The model with the settings, but for the noise; checks that they fit it."""
+    model = _set(_cut(model, settings.size), "steps", settings.steps, allowed)
+    guided = [name for name in allowed if name != "upsampler"]
+    return _set(model, "guidance", settings.guidance, guided)
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
     if not prompts:
         raise UserError("no prompt: give at least one caption")
     for prompt in prompts:
@@ -278,7 +402,7 @@ def _check_prompts(prompts: Sequence[str]) -> None:
             raise UserError(f"the prompt {prompt!r} is empty: say what to show")
 
 
-def _check(num: int, seed: int) -> None:
+def check(num: int, seed: int) -> None:
     if num < 1:
         raise UserError(f"num={num}: the number of pictures must be at least 1")
     if not 0 <= seed < 2**32:
@@ -339,7 +463,7 @@ def _changed(part: Part, setting: str, value: Any, name: str) -> Part:
     return part.replace(sampling=part.sampling.copy({setting: value}))
 
 
-def _given(
+def given_noise(
     model: Model, noise: Mapping[str, Any], count: int, allowed: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "steps n ..."]]:
     """The noise that the caller gives, by network, checked."""

@@ -1,6 +1,6 @@
 """A model as sampling uses it: its networks, their parameters and settings."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -155,17 +155,21 @@ def require(model: Model, *names: str) -> None:
 def in_batches(
     some: Callable[[np.ndarray], np.ndarray], count: int, devices: int, most: int
 ) -> np.ndarray:
-    """Calls ``some`` with the numbers of the rows to make, a batch at a time.
+    """Calls ``some`` with the numbers of the rows to make, a batch at a time."""
+    return np.concatenate([some(rows) for rows in batches(count, devices, most)])[
+        :count
+    ]
 
-    All batches have one size, of at most ``most`` a device, so that each network is
-    compiled once; where the rows do not fill the last one, the last row is repeated.
+
+def batches(count: int, devices: int, most: int) -> Iterator[np.ndarray]:
+    """The numbers of the rows of each batch, of at most ``most`` a device.
+
+    All have one size, so that each network is compiled once; where the rows do not fill
+    the last one, the last row is repeated.
     """
     batch = min(most * devices, -(-count // devices) * devices)
-    results = []
     for start in range(0, count, batch):
-        rows = np.minimum(np.arange(start, start + batch), count - 1)
-        results.append(some(rows))
-    return np.concatenate(results)[:count]
+        yield np.minimum(np.arange(start, start + batch), count - 1)
 
 
 def _part(

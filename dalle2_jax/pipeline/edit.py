@@ -1,0 +1,575 @@
+"""What unCLIP does with a picture: sections 3 and 4 of arXiv 2204.06125.
+
+Every picture is a pair (z, x_T): its CLIP embedding, and the noise from which DDIM
+decodes it given that embedding. Whatever changes one and keeps the other is an edit.
+
+A picture is a PIL image, an array uint8 [h, w, 3] or the path of a file, of any size;
+its middle square is what is edited. All functions take the settings of `text_to_image`
+(``seed``, ``size``, ``steps``, ``guidance``, ``progress``) and return uint8
+[n, size, size, 3]. Where a picture's own x_T is used, the decoder takes `STEPS` steps
+of DDIM at guidance 1 unless told otherwise: inversion must go the way that decoding
+comes, and goes it exactly only without guidance.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from dalle2_jax.data import image
+from dalle2_jax.diffusion import generate as diffusion
+from dalle2_jax.diffusion import process
+from dalle2_jax.errors import UserError
+from dalle2_jax.pipeline import generate
+from dalle2_jax.pipeline.encode import (
+    encode_caption,
+    encode_image,
+    encode_text,
+    spread,
+)
+from dalle2_jax.pipeline.generate import Progress, Request, Settings
+from dalle2_jax.pipeline.models import Model, require
+
+STEPS = 100  # of DDIM, there and back
+REPEATS = 4  # how often RePaint takes a step
+
+Pictures = UInt8[np.ndarray, "n h w 3"]
+
+
+class Latent(NamedTuple):
+    """What `invert` makes of n pictures."""
+
+    z: Float[np.ndarray, "n d"]
+    x_T: Float[np.ndarray, "n h w 3"]
+
+
+def invert(
+    model: Model,
+    pictures: Any,
+    *,
+    steps: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, float] | None = None,
+) -> Latent:
+    """The pairs (z, x_T) of pictures: DDIM inversion, given z and no caption.
+
+    Args:
+      pictures: one or a sequence of them.
+      steps, guidance: of the decoder; `decode` must be given the same.
+
+    Raises:
+      UserError: not a picture, or a CLIP without its image tower.
+    """
+    require(model, "tokenizer", "clip", "decoder")
+    model = _deterministic(model, Settings(None, steps or {}, guidance or {}, {}))
+    pictures = _list(pictures)
+    z = encode_image(model, pictures)
+    squares = np.stack([image.square(p, model.decoder.size) for p in pictures])
+    count = len(z)
+    found = []
+    for rows in generate.batches(count, model.devices.size, generate.BATCH):
+        x, z_image = (
+            jax.device_put(a[rows], spread(model)) for a in (image.to_float(squares), z)
+        )
+        tokens = generate.tokenize(model, [""]).repeat(len(rows), axis=0)
+        empty = encode_caption(model.clip, jax.device_put(tokens, spread(model)))
+        x_T = generate.invert_decoder(model.decoder, x, z_image, empty, empty)
+        found.append(np.asarray(x_T))
+    return Latent(z, np.concatenate(found)[:count])
+
+
+def decode(
+    model: Model,
+    z: Float[np.ndarray, "n d"],
+    x_T: Float[np.ndarray, "n h w 3"] | None = None,
+    *,
+    eta: float = 0.0,
+    seed: int = 0,
+    size: int | None = None,
+    steps: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> Pictures:
+    """Pictures of CLIP image embeddings and noise, by DDIM without a caption.
+
+    Args:
+      z: not normalised, as `encode_image` gives them.
+      x_T: the decoder's; by default the same white noise for all.
+      eta: DDIM's η, from 0 (no noise but x_T) to 1.
+      seed: of what noise is drawn, the same for all pictures.
+
+    Raises:
+      UserError: an η out of range, or arrays that do not fit the model.
+    """
+    require(model, "tokenizer", "clip", "decoder")
+    generate.check(1, seed)
+    settings = Settings(size, steps or {}, guidance or {}, {})
+    keys = generate.picture_keys(seed, 1)[np.zeros(len(z), int)]
+    if x_T is None:
+        side = model.decoder.size
+        x_T = jax.random.normal(keys[0], (side, side, 3))
+        x_T = np.broadcast_to(np.asarray(x_T), (len(z), *x_T.shape))
+    return _decode(model, settings, z, x_T, eta, keys, progress)
+
+
+def reconstruct(model: Model, pictures: Any, **settings: Any) -> Pictures:
+    """Pictures from their own (z, x_T): what is lost is lost by all edits."""
+    way = {k: settings[k] for k in ("steps", "guidance") if k in settings}
+    return decode(model, *invert(model, pictures, **_decoder_only(way)), **settings)
+
+
+def variations(
+    model: Model,
+    picture: Any,
+    *,
+    seed: int = 0,
+    num: int = 1,
+    eta: float | None = None,
+    size: int | None = None,
+    steps: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, float] | None = None,
+    noise: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Pictures:
+    """Pictures that CLIP sees alike (section 3.1): of one z, without a caption.
+
+    Args:
+      num: how many.
+      eta: from 0, which gives the picture back, to 1: the η of DDIM from the picture's
+        own x_T, the paper's way. None starts from white noise and samples as the model
+        does, as Karlo's pipeline.
+      noise: as of `text_to_image`, where eta is None.
+
+    Raises:
+      UserError: not a picture, a CLIP without its image tower, or settings that the
+        model cannot meet.
+    """
+    require(model, "tokenizer", "clip", "decoder")
+    generate.check(num, seed)
+    settings = Settings(size, steps or {}, guidance or {}, noise or {})
+    keys = generate.picture_keys(seed, num)
+    if eta is not None:
+        if noise:
+            raise UserError("noise= goes with white noise: leave out eta")
+        found = invert(model, _one(picture), **_decoder_only(settings._asdict()))
+        z, x_T = (a.repeat(num, axis=0) for a in found)
+        return _decode(model, settings, z, x_T, eta, keys, progress)
+    z = encode_image(model, _one(picture)).repeat(num, axis=0)
+    model = generate.set_all(model, settings, generate.STAGES[1:])
+    given = generate.given_noise(model, settings.noise, num, generate.STAGES[1:])
+    return generate.cascade(model, _request(model, z, keys, given=given), progress)
+
+
+def interpolate(
+    model: Model,
+    picture: Any,
+    other: Any,
+    *,
+    frames: int = 8,
+    weights: Sequence[float] | None = None,
+    shared_noise: bool = False,
+    seed: int = 0,
+    **settings: Any,
+) -> Pictures:
+    """A path from a picture to another (section 3.2): `slerp` of z and of x_T.
+
+    Args:
+      frames: how many, both ends included.
+      weights: of the other picture in each frame, 0 to 1, in place of even ones.
+      shared_noise: one white x_T for all frames in place of the pictures' own. What is
+        alike then stays in place, but the ends are not quite the two pictures.
+
+    Raises:
+      UserError: fewer than two frames, a weight out of range, or as `decode`.
+    """
+    if weights is None:
+        if frames < 2:
+            raise UserError(f"frames={frames}: a path has at least 2, its ends")
+        weights = np.linspace(0, 1, frames)
+    weights = _within(weights, "weights")
+    way = {k: settings[k] for k in ("steps", "guidance") if k in settings}
+    if shared_noise:
+        ends = Latent(encode_image(model, _one(picture) + _one(other)), None)
+    else:
+        ends = invert(model, _one(picture) + _one(other), **_decoder_only(way))
+    path = [None if a is None else slerp(a[0], a[1], weights) for a in ends]
+    return decode(model, *path, seed=seed, **settings)
+
+
+def blend(
+    model: Model,
+    pictures: Sequence[Any] = (),
+    prompts: Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    *,
+    num: int = 1,
+    seed: int = 0,
+    size: int | None = None,
+    steps: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> Pictures:
+    """Pictures between several pictures and captions, by weight.
+
+    z is the weighted mean of their directions, as long as their weighted mean length;
+    that of a caption is the prior's. x_T is white noise.
+
+    Args:
+      weights: of the pictures, then of the prompts; positive; by default all alike.
+      num: how many.
+
+    Raises:
+      UserError: nothing to blend, or weights that do not fit.
+    """
+    generate.check(num, seed)
+    pictures, prompts = _list(pictures), list(prompts)
+    count = len(pictures) + len(prompts)
+    if not count:
+        raise UserError("nothing to blend: give pictures or prompts")
+    weights = np.ones(count) if weights is None else np.asarray(weights, float)
+    if len(weights) != count or not (weights > 0).all():
+        raise UserError(
+            f"weights are {weights.tolist()}: give {count} positive numbers, of the "
+            "pictures and then the prompts"
+        )
+    given = Settings(size, steps or {}, guidance or {}, {})
+    parts = [z[None] for z in encode_image(model, pictures)] if pictures else []
+    if prompts:
+        drawn = embed(
+            model, prompts, num=num, seed=seed, steps=steps, guidance=guidance
+        )
+        parts += list(drawn.reshape(len(prompts), num, -1))
+    z = mean_direction(parts, weights / weights.sum())
+    model = generate.set_all(model, given, generate.STAGES)
+    z = np.broadcast_to(z, (num, z.shape[-1]))
+    request = _request(model, z, generate.picture_keys(seed, num))
+    return generate.cascade(model, request, progress)
+
+
+def text_diff(
+    model: Model,
+    picture: Any,
+    prompt_from: str,
+    prompt: str,
+    *,
+    theta: float | Sequence[float] = 0.5,
+    frames: int = 5,
+    seed: int = 0,
+    **settings: Any,
+) -> Pictures:
+    """A picture on its way from what one caption says to another (section 3.3).
+
+    With z_d the direction from one caption's CLIP embedding to the other's, the frames
+    are decoded from slerp(z, z_d, θ), and all from the picture's own x_T.
+
+    Args:
+      prompt_from: what the picture shows.
+      prompt: what it shall show.
+      theta: the last θ, which the frames approach from 0 in even steps (the paper's
+        is from 0.25 to 0.5); or the θ of each frame. 0 to 1.
+
+    Raises:
+      UserError: a θ out of range, an empty caption, two that are the same to CLIP, or
+        as `decode`.
+    """
+    if np.ndim(theta) == 0:
+        if frames < 2:
+            raise UserError(f"frames={frames}: a path has at least 2, its ends")
+        theta = np.linspace(0, float(_within([theta], "theta")[0]), frames)
+    theta = _within(theta, "theta")
+    generate.check_prompts([prompt_from, prompt])
+    way = {k: settings[k] for k in ("steps", "guidance") if k in settings}
+    start = invert(model, _one(picture), **_decoder_only(way))
+    before, after = unit(encode_text(model, [prompt_from, prompt]))
+    if np.allclose(before, after):
+        raise UserError(f"{prompt_from!r} and {prompt!r} are the same to CLIP")
+    z = start.z[0]
+    path = slerp(z, unit(after - before) * np.linalg.norm(z), theta)
+    x_T = np.broadcast_to(start.x_T, (len(path), *start.x_T.shape[1:]))
+    return decode(model, path, x_T, seed=seed, **settings)
+
+
+def img2img(
+    model: Model,
+    picture: Any,
+    prompt: str,
+    *,
+    strength: float = 0.7,
+    seed: int = 0,
+    num: int = 1,
+    size: int | None = None,
+    steps: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> Pictures:
+    """A picture seen through noise and painted anew by a caption (SDEdit).
+
+    The decoder starts from the picture with the noise of a part of its way, and takes
+    the steps that are left (Meng et al. 2021, arXiv 2108.01073).
+
+    Args:
+      strength: that part, above 0 (nothing changes) up to 1 (nothing is kept).
+
+    Raises:
+      UserError: a strength out of range, or as `text_to_image`.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength={strength}: must be above 0 and at most 1")
+    settings = Settings(size, steps or {}, guidance or {}, {})
+    model, request = generate.of_prompts(model, [prompt], seed, num, settings)
+    part = model.decoder
+    table = diffusion.levels(part.diffusion, part.sampling)
+    left = max(1, round(strength * table.steps))
+    x0 = image.to_float(image.square(_one(picture)[0], part.size))
+    keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, part.size)
+    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape))(keys)
+    x0 = jnp.broadcast_to(x0, eps.shape)
+    start = process.q_sample(table, x0, jnp.int32(left - 1), eps)
+    levels = tuple(int(t) for t in table.timesteps[:left])
+    part = part.replace(sampling=part.sampling.copy({"steps": levels}))
+    model = model._replace(decoder=part)
+    return generate.cascade(model, request._replace(start=np.asarray(start)), progress)
+
+
+def inpaint(
+    model: Model,
+    picture: Any,
+    mask: Any,
+    prompt: str,
+    *,
+    seed: int = 0,
+    num: int = 1,
+    size: int | None = None,
+    steps: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, float] | None = None,
+    repeats: int = REPEATS,
+    progress: Progress | None = None,
+) -> Pictures:
+    """A part of a picture painted anew, to fit the rest and a caption.
+
+    What is black in the mask stays to the bit, at the size that is returned. A decoder
+    that was trained to inpaint (configs/decoder.py:small_inpaint) is shown what stays.
+    Any other is held to it and takes each step several times, as RePaint does.
+
+    Args:
+      mask: a picture, or an array [h, w] of bool or uint8, as large as the picture;
+        white is painted, black stays.
+      prompt: of the whole picture.
+      repeats: how often a decoder that was not trained for it takes a step.
+
+    Raises:
+      UserError: a mask of another size, or all black; or as `text_to_image`.
+    """
+    picture = image.read(_one(picture)[0])
+    white = image.read_mask(mask)
+    if white.shape[::-1] != picture.size:
+        raise UserError(
+            f"the mask has {white.shape[1]} × {white.shape[0]} pixels, the picture "
+            f"{picture.width} × {picture.height}: they must be the same"
+        )
+    settings = Settings(size, steps or {}, guidance or {}, {})
+    model, request = generate.of_prompts(model, [prompt], seed, num, settings)
+    side = model.sizes[-1]
+    white = image.square_mask(white, side)
+    if not white.any():
+        raise UserError(
+            "the mask is all black (in the picture's middle square): make white what "
+            "is to be painted"
+        )
+    return _paint(model, request, image.square(picture, side), white, repeats, progress)
+
+
+def outpaint(
+    model: Model,
+    picture: Any,
+    prompt: str,
+    *,
+    extend: float = 0.5,
+    place: tuple[float, float] = (0.5, 0.5),
+    seed: int = 0,
+    num: int = 1,
+    size: int | None = None,
+    steps: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, float] | None = None,
+    repeats: int = REPEATS,
+    progress: Progress | None = None,
+) -> Pictures:
+    """A picture made smaller, and what surrounds it painted: `inpaint` of a canvas.
+
+    Args:
+      extend: how much larger the square canvas is than the picture's longer side: 0.5
+        is one and a half times as large.
+      place: where on the canvas the picture is, from (0, 0), its upper left corner, to
+        (1, 1).
+      others: as of `inpaint`.
+
+    Raises:
+      UserError: a canvas that is not larger, a place out of range; or as `inpaint`.
+    """
+    picture = image.read(_one(picture)[0])
+    if not 0 < extend <= 7:
+        raise UserError(f"extend={extend}: must be above 0 and at most 7")
+    if len(place) != 2 or not all(0 <= x <= 1 for x in place):
+        raise UserError(f"place={place}: give two numbers from 0 to 1")
+    settings = Settings(size, steps or {}, guidance or {}, {})
+    model, request = generate.of_prompts(model, [prompt], seed, num, settings)
+    side = model.sizes[-1]
+    canvas, white = image.on_canvas(picture, side, 1 + extend, place)
+    return _paint(model, request, canvas, white, repeats, progress)
+
+
+def embed(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    num: int = 1,
+    seed: int = 0,
+    steps: Mapping[str, Any] | None = None,
+    guidance: Mapping[str, float] | None = None,
+) -> Float[np.ndarray, "n d"]:
+    """CLIP image embeddings of captions, the prior's, ``num`` of each."""
+    settings = Settings(None, steps or {}, guidance or {}, {})
+    model, request = generate.of_prompts(model, prompts, seed, num, settings)
+    found = []
+    for stage, rows, z in generate.run(model, request):
+        if stage == "prior":
+            found.append(np.asarray(z)[: len(np.unique(rows))])
+    return np.concatenate(found)
+
+
+# Embeddings and noise as points of a sphere
+
+
+def slerp(
+    a: Float[np.ndarray, "..."],
+    b: Float[np.ndarray, "..."],
+    t: Sequence[float] | Float[np.ndarray, " n"],
+) -> Float[np.ndarray, "n ..."]:
+    """Spherical interpolation of two arrays, seen as vectors (Shoemake 1985).
+
+    At t = 0 it is a, at 1 b; in between the angle grows evenly, and so does the length
+    if the two differ. Where they point the same way it is linear.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    t = np.asarray(t, np.float64).reshape(-1, *(1,) * a.ndim)
+    u, v = (x / np.linalg.norm(x) for x in (a, b))
+    # Of small angles the cosine would lose all digits (Kahan).
+    angle = 2 * np.arctan2(np.linalg.norm(u - v), np.linalg.norm(u + v))
+
+    def weight(t: np.ndarray) -> np.ndarray:
+        """sin(t · angle) / sin(angle), also where the angle is 0."""
+        return t * np.sinc(t * angle / np.pi) / np.sinc(angle / np.pi)
+
+    return (weight(1 - t) * a + weight(t) * b).astype(np.float32)
+
+
+def unit(x: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def mean_direction(
+    parts: Sequence[Float[np.ndarray, "#n d"]], weights: Float[np.ndarray, " k"]
+) -> Float[np.ndarray, "#n d"]:
+    """The weighted mean of the vectors' directions, with their weighted mean length."""
+    length = sum(
+        w * np.linalg.norm(z, axis=-1, keepdims=True)
+        for w, z in zip(weights, parts, strict=True)
+    )
+    mean = sum(w * unit(z) for w, z in zip(weights, parts, strict=True))
+    return (unit(mean) * length).astype(np.float32)
+
+
+# What the edits share
+
+
+def _deterministic(model: Model, settings: Settings, eta: float = 0.0) -> Model:
+    """The model with its decoder sampled by DDIM, as inversion needs it."""
+    ddim = {"sampler": "ddim", "eta": eta, "steps": STEPS, "guidance": 1.0}
+    part = model.decoder
+    part = part.replace(sampling=part.sampling.copy(ddim | {"clip": None}))
+    return generate.set_all(model._replace(decoder=part), settings, generate.STAGES[1:])
+
+
+def _decode(
+    model: Model,
+    settings: Settings,
+    z: np.ndarray,
+    x_T: np.ndarray,
+    eta: float,
+    keys: Array,
+    progress: Progress | None,
+) -> Pictures:
+    z, x_T = np.asarray(z, np.float32), np.asarray(x_T, np.float32)
+    side = model.decoder.size
+    dim = model.decoder.network.clip_dim
+    if z.ndim != 2 or z.shape[1] != dim or not len(z):
+        raise UserError(f"z has shape {list(z.shape)}: must be [n, {dim}]")
+    if x_T.shape != (len(z), side, side, 3):
+        raise UserError(
+            f"x_T has shape {list(x_T.shape)}: must be {[len(z), side, side, 3]}"
+        )
+    eta = float(_within([eta], "eta")[0])
+    model = _deterministic(model, settings, eta)
+    return generate.cascade(model, _request(model, z, keys, start=x_T), progress)
+
+
+def _request(model: Model, z: np.ndarray, keys: Array, **more: Any) -> Request:
+    """A request of embeddings, without a caption."""
+    empty = generate.tokenize(model, [""])
+    return Request(empty.repeat(len(z), axis=0), empty, keys, z_image=z, **more)
+
+
+def _paint(
+    model: Model,
+    request: Request,
+    picture: UInt8[np.ndarray, "s s 3"],
+    white: np.ndarray,
+    repeats: int,
+    progress: Progress | None,
+) -> Pictures:
+    """Paints what is white; the rest of the picture stays to the bit."""
+    if repeats < 1:
+        raise UserError(f"repeats={repeats}: must be at least 1")
+    part = model.decoder
+    if not part.network.inpaints:
+        again = {"sampler": "repaint", "repeats": repeats}
+        model = model._replace(decoder=part.replace(sampling=part.sampling.copy(again)))
+    mask = white[None, ..., None].astype(np.float32)
+    known = image.to_float(picture)[None], mask
+    painted = generate.cascade(model, request._replace(known=known), progress)
+    return np.where(white[..., None], painted, picture)
+
+
+def _decoder_only(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the steps and the guidance, those that inversion shares with decoding."""
+    return {
+        name: {k: v for k, v in (settings.get(name) or {}).items() if k == "decoder"}
+        for name in ("steps", "guidance")
+    }
+
+
+def _list(pictures: Any) -> list[Any]:
+    """One picture or several as a list."""
+    if isinstance(pictures, list | tuple) or np.ndim(pictures) == 4:
+        return list(pictures)
+    return [pictures]
+
+
+def _one(picture: Any) -> list[Any]:
+    pictures = _list(picture)
+    if len(pictures) != 1:
+        raise UserError(f"{len(pictures)} pictures: give one")
+    return pictures
+
+
+def _within(values: Any, name: str) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if (
+        values.ndim != 1
+        or not len(values)
+        or not ((0 <= values) & (values <= 1)).all()
+    ):
+        raise UserError(f"{name} is {values.tolist()}: must be from 0 to 1")
+    return values

@@ -1,0 +1,248 @@
+"""Edits: what must come back comes back, what is kept is kept, and every refusal."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import dalle2_jax
+from dalle2_jax.data import image, shapes
+from dalle2_jax.errors import UserError
+from dalle2_jax.pipeline import edit
+
+RED, BLUE = "a small red circle", "a large blue star on a black background"
+STEPS = {"steps": {"decoder": 20}}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_models):
+    return dalle2_jax.load(tiny_models["upsampler"])
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [shapes.render(shapes.sample_scene(rng), 48) for _ in range(2)]
+
+
+def psnr(a, b):
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    return 10 * np.log10(255**2 / error)
+
+
+def same(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).max() <= 1
+
+
+# Inversion
+
+
+def test_inversion_and_decoding_give_the_picture_back(pictures):
+    # The bundled model: at the last step one that is not trained forgets the picture.
+    model = dalle2_jax.load()._replace(upsamplers=())
+    base = np.stack([image.square(p, model.decoder.size) for p in pictures])
+    quality = [
+        psnr(edit.reconstruct(model, pictures, steps={"decoder": steps}), base)
+        for steps in (10, 100)
+    ]
+    assert quality[1] > 30 and quality[1] > quality[0]
+
+
+def test_the_latent_has_clips_embedding_and_noise(model, pictures):
+    z, x_T = edit.invert(model, pictures, **STEPS)
+    np.testing.assert_allclose(z, dalle2_jax.encode_image(model, pictures))
+    assert x_T.shape == (2, 16, 16, 3)
+    one = edit.invert(model, pictures[1], **STEPS)
+    np.testing.assert_allclose(one.x_T[0], x_T[1], atol=1e-4)
+
+
+# Variations
+
+
+def test_a_variation_at_eta_0_is_the_reconstruction(model, pictures):
+    expected = edit.reconstruct(model, pictures[0], size=16, **STEPS)
+    varied = edit.variations(model, pictures[0], eta=0.0, num=2, size=16, **STEPS)
+    assert same(varied[0], expected[0]) and same(varied[1], expected[0])
+
+
+def test_variations_differ_the_more_the_larger_eta(model, pictures):
+    def distance(eta):
+        found = edit.variations(model, pictures[0], eta=eta, num=3, size=16, **STEPS)
+        assert len({p.tobytes() for p in found}) == 3
+        return np.abs(found.astype(int) - found[:1]).mean()
+
+    assert distance(1.0) > distance(0.2) > 0
+
+
+# Interpolation
+
+
+def test_slerp_agrees_with_the_formula_in_float64():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, 40))
+    angle = np.arccos(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    for t in (0.1, 0.5, 0.9):
+        expected = np.sin((1 - t) * angle) * a + np.sin(t * angle) * b
+        np.testing.assert_allclose(
+            edit.slerp(a, b, [t])[0], expected / np.sin(angle), rtol=1e-5
+        )
+    np.testing.assert_array_equal(edit.slerp(a, b, [0, 1]), np.float32([a, b]))
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-7, 1e-3])
+def test_slerp_of_near_parallel_vectors(angle):
+    a, b = np.array([2.0, 0.0]), 2 * np.array([np.cos(angle), np.sin(angle)])
+    found = edit.slerp(a, b, [0.25])[0]
+    expected = 2 * np.array([np.cos(angle / 4), np.sin(angle / 4)])
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=0)
+
+
+def test_slerp_keeps_the_length_and_the_shape():
+    a, b = (x / np.linalg.norm(x) for x in np.random.default_rng(2).normal(size=(2, 9)))
+    path = edit.slerp(a.reshape(3, 3), b.reshape(3, 3), np.linspace(0, 1, 5))
+    assert path.shape == (5, 3, 3)
+    np.testing.assert_allclose(np.linalg.norm(path, axis=(1, 2)), 1, rtol=1e-6)
+
+
+def test_an_interpolation_ends_in_the_reconstructions(model, pictures):
+    path = edit.interpolate(model, *pictures, frames=4, **STEPS)
+    ends = edit.reconstruct(model, pictures, **STEPS)
+    assert path.shape == (4, 32, 32, 3)
+    assert same(path[0], ends[0]) and same(path[-1], ends[1])
+    shared = edit.interpolate(
+        model, *pictures, weights=[0.0, 0.5], shared_noise=True, **STEPS
+    )
+    assert shared.shape == (2, 32, 32, 3) and not same(shared[0], ends[0])
+
+
+def test_a_blend_of_one_is_that_one():
+    z = np.random.default_rng(3).normal(size=(2, 1, 8)).astype(np.float32)
+    alone = edit.mean_direction([z[0], z[1]], np.array([1.0, 0.0]))
+    np.testing.assert_allclose(alone, z[0], rtol=1e-6)
+    half = edit.mean_direction([z[0], z[0] * 3], np.array([0.5, 0.5]))
+    np.testing.assert_allclose(half, z[0] * 2, rtol=1e-6)
+
+
+def test_blends_of_pictures_and_captions(model, pictures):
+    both = edit.blend(model, pictures, [RED], [1, 1, 2], num=3)
+    assert both.shape == (3, 32, 32, 3) and len({p.tobytes() for p in both}) == 3
+    z = edit.embed(model, [RED, BLUE], num=2)
+    assert z.shape == (4, 32) and len(np.unique(z, axis=0)) == 4
+
+
+# Text diffs
+
+
+def test_a_text_diff_begins_with_the_reconstruction(model, pictures):
+    path = edit.text_diff(model, pictures[0], RED, BLUE, theta=0.4, frames=3, **STEPS)
+    assert path.shape == (3, 32, 32, 3)
+    assert same(path[0], edit.reconstruct(model, pictures[0], **STEPS)[0])
+    assert not same(path[0], path[-1])
+    last = edit.text_diff(model, pictures[0], RED, BLUE, theta=[0.4], **STEPS)
+    assert same(last[0], path[-1])
+
+
+# Painting
+
+
+def test_what_the_mask_leaves_stays_to_the_bit(model, pictures):
+    picture = image.square(pictures[0], 32)
+    mask = np.zeros((32, 32), bool)
+    mask[8:20, 10:30] = True
+    painted = edit.inpaint(model, picture, mask, RED, num=2)
+    assert painted.shape == (2, 32, 32, 3)
+    for one in painted:
+        np.testing.assert_array_equal(one[~mask], picture[~mask])
+        assert (one[mask] != picture[mask]).mean() > 0.5
+    assert (painted[0] != painted[1]).any()
+
+
+def test_a_decoder_trained_to_inpaint_is_shown_what_stays(model, pictures):
+    network = model.decoder.network
+    unet = dict(network.unet) | {"in_channels": 7}
+    network = network.clone(unet=unet)
+    params = network.init(jax.random.key(0), *network.example())["params"]
+    trained = model.decoder.replace(network=network, params=params)
+    assert network.inpaints
+    trained = model._replace(decoder=trained)
+    mask = np.zeros((48, 48), np.uint8)
+    mask[:, 24:] = 255
+    left, right = (edit.inpaint(trained, p, mask, RED, size=16) for p in pictures)
+    assert (left != right)[:, :, 8:].any()  # the net's own noise is the same
+    assert dalle2_jax.text_to_image(trained, RED).shape == (1, 32, 32, 3)
+
+
+def test_outpainting_keeps_the_picture_and_paints_around_it(model):
+    picture = np.full((24, 36, 3), 77, np.uint8)
+    painted = edit.outpaint(model, picture, RED, extend=1.0, place=(0, 1))[0]
+    rows, columns = slice(32 - round(24 * 32 / 72), 32), slice(0, 16)
+    assert (painted[rows, columns] == 77).all()
+    rest = np.ones((32, 32), bool)
+    rest[rows, columns] = False
+    assert (painted[rest] != 77).mean() > 0.9
+
+
+def test_img2img_keeps_the_more_the_less_it_may_change(model, pictures):
+    base = image.square(pictures[0], 16)
+
+    def kept(strength):
+        found = edit.img2img(model, pictures[0], RED, strength=strength, size=16)
+        return psnr(found[0], base)
+
+    few = {"steps": {"decoder": 4}}
+    assert edit.img2img(model, pictures[0], RED, num=2, **few).shape == (2, 32, 32, 3)
+    assert kept(0.25) > kept(1.0)
+
+
+# Files
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA", "I;16", "CMYK", "1"])
+def test_pictures_of_any_mode(model, mode, tmp_path):
+    picture = Image.new("RGB", (20, 30), (200, 30, 90))
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((30, 20), 40_000, np.uint16))
+    else:
+        picture = picture.convert(mode)
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    picture.save(path)
+    z = edit.invert(model, str(path), steps={"decoder": 2}).z
+    assert np.isfinite(z).all()
+
+
+def refuse(call, *told):
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    for text in told:
+        assert text in str(error.value)
+
+
+def test_what_cannot_be_done_is_told(model, pictures, tmp_path):
+    a, b = pictures
+    white = np.ones((48, 48), bool)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no picture")
+    refuse(lambda: edit.invert(model, str(notes)), "not a picture")
+    refuse(lambda: edit.invert(model, str(tmp_path / "none.png")), "no file")
+    refuse(lambda: edit.invert(model, np.zeros((4, 4))), "uint8 [height, width, 3]")
+    refuse(lambda: edit.variations(model, pictures), "2 pictures: give one")
+    refuse(lambda: edit.variations(model, a, eta=1.5), "eta is [1.5]", "0 to 1")
+    refuse(lambda: edit.variations(model, a, eta=0.5, noise={"decoder": 0}), "noise")
+    refuse(lambda: edit.interpolate(model, a, b, frames=1), "frames=1")
+    refuse(lambda: edit.interpolate(model, a, b, weights=[2.0]), "weights is [2.0]")
+    refuse(lambda: edit.text_diff(model, a, RED, BLUE, theta=-1), "theta is [-1.0]")
+    refuse(lambda: edit.text_diff(model, a, RED, RED), "are the same to CLIP")
+    refuse(lambda: edit.text_diff(model, a, "", RED), "empty")
+    refuse(lambda: edit.blend(model), "nothing to blend")
+    refuse(lambda: edit.blend(model, [a], weights=[1, 2]), "give 1 positive")
+    refuse(lambda: edit.img2img(model, a, RED, strength=0), "strength=0")
+    refuse(lambda: edit.inpaint(model, a, ~white, RED), "all black")
+    refuse(lambda: edit.inpaint(model, a, white[:9], RED), "48 × 9", "48 × 48")
+    refuse(lambda: edit.inpaint(model, a, 1.0 * white, RED), "bool or uint8")
+    refuse(lambda: edit.inpaint(model, a, white, RED, repeats=0), "repeats=0")
+    refuse(lambda: edit.outpaint(model, a, RED, extend=0), "extend=0")
+    refuse(lambda: edit.outpaint(model, a, RED, place=(2, 0)), "place=(2, 0)")
+    refuse(lambda: edit.decode(model, np.zeros((1, 3))), "[1, 3]", "[n, 32]")
+    z = np.zeros((1, 32))
+    refuse(lambda: edit.decode(model, z, np.zeros((1, 8, 8, 3))), "[1, 16, 16, 3]")
