@@ -13,6 +13,7 @@ from dalle2_jax import checkpoint
 from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn.clip import cosine
 from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
@@ -127,12 +128,6 @@ def make(config: ConfigDict) -> Stage:
         export=export,
         start=start_params(config, base.origin, "prior", net, init),
     )
-
-
-def cosine(a: Float[Array, "b d"], b: Float[Array, "b d"]) -> Float[Array, " b"]:
-    """Cosine of the angle between the vectors of each pair."""
-    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-    return jnp.sum(a * b, axis=-1) / norms
 
 
 def stored_statistics(
