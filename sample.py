@@ -23,6 +23,12 @@ OFFLOAD = flags.DEFINE_bool(
 NUM = flags.DEFINE_integer("num", 4, "Pictures of each prompt.")
 SEED = flags.DEFINE_integer("seed", 0, "Another seed, other pictures.")
 SIZE = flags.DEFINE_integer("size", None, "Side in pixels (the largest possible).")
+PRIOR = flags.DEFINE_enum(
+    "prior",
+    None,
+    ["diffusion", "autoregressive", "none", "caption"],
+    "Where the image embedding is from; none is the text's, caption is without one.",
+)
 STEPS = flags.DEFINE_string(
     "steps",
     "",
@@ -88,6 +94,7 @@ def main() -> None:
             seed=SEED.value,
             num=NUM.value,
             size=SIZE.value,
+            prior=PRIOR.value,
             steps=steps,
             guidance=guidance,
             progress=progress,

@@ -18,7 +18,7 @@ def read(model, batches, count=8):
     base = shared.load_base(ConfigDict(keys))
     found = [next(batches) for _ in range(count)]
     pictures = jnp.float32(np.concatenate([b["clip_image"] for b in found]) / 127.5 - 1)
-    tokens = np.concatenate([b["tokens"] for b in found])
+    tokens = jnp.asarray(np.concatenate([b["tokens"] for b in found]))
     z_image = shared.encode_image(base.clip, base.clip_params, pictures)
     z_text = shared.encode_caption(base.clip, base.clip_params, tokens).z_text
     return np.asarray(z_image), np.asarray(z_text)

@@ -14,6 +14,11 @@ says how to run it:
 An upsampler's settings say also, for who calls `generate`:
 
     round_low  whether the low-resolution picture is rounded to 8 bits
+
+and a prior's:
+
+    variance    "analytic" for `generate` with x0_error, or None for that of `diffusion`
+    candidates  embeddings for each picture, of which the one that fits best is kept
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +26,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from dalle2_jax.diffusion import guide, sample, schedule
+from dalle2_jax.diffusion import guide, process, sample, schedule
 from dalle2_jax.errors import UserError
 
 SAMPLERS = ("ddpm", "ddim", "dpm_solver")
@@ -38,6 +43,7 @@ def generate(
     diffusion: Mapping[str, Any],
     sampling: Mapping[str, Any],
     last: Apply | None = None,
+    x0_error: Float[Array, " t"] | None = None,
 ) -> Float[Array, "b ..."]:
     """Samples x0, one for each entry of the condition.
 
@@ -48,6 +54,8 @@ def generate(
       draw: the noise; draw(0) is x_T.
       diffusion, sampling: see the module.
       last: the network of the last step, where it has one of its own.
+      x0_error: mean squared error of the network's x0 at each timestep in training; if
+        given, "ddpm" has the analytic variance in place of the one in `diffusion`.
 
     Raises:
       UserError: the sampler is unknown.
@@ -70,6 +78,13 @@ def generate(
     denoise = denoiser(apply)
     if last is not None:
         denoise = guide.change_last(denoise, denoiser(last))
+    if x0_error is not None:
+        denoise = guide.set_log_variance(
+            denoise,
+            process.analytic_log_variance(
+                table, x0_error[table.timesteps], sampling["clip"]
+            ),
+        )
     match sampling["sampler"]:
         case "ddpm":
             return sample.ddpm(denoise, table, x, draw)

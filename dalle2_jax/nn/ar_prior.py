@@ -1,6 +1,6 @@
 """The autoregressive prior: a caption's image embedding, written code by code.
 
-Section 2 of arXiv 2204.06125. `codes` says what the codes are.
+Section 2.2 of arXiv 2204.06125. `codes` says what the codes are.
 """
 
 from collections.abc import Sequence
@@ -166,7 +166,7 @@ def sample(
 ) -> Int[Array, "b k"]:
     """Draws the codes of image embeddings, one after the other, in one `lax.scan`.
 
-    The dot product is drawn from the top half of the training set's (section 2).
+    The dot product is drawn from the top half of the training set's (section 2.2).
 
     Args:
       caption, null: what to show, and the empty caption, for guidance.

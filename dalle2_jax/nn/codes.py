@@ -1,7 +1,7 @@
 """Image embeddings as codes: principal components, each cut into buckets.
 
-Section 2 of arXiv 2204.06125, on the autoregressive prior. What is fitted is kept in a
-model's statistics.
+Section 2.2 of arXiv 2204.06125, on the autoregressive prior. What is fitted is kept in
+a model's statistics.
 """
 
 from typing import NamedTuple

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.errors import UserError
-from dalle2_jax.nn.clip import Caption
+from dalle2_jax.nn import ar_prior
+from dalle2_jax.nn.clip import Caption, cosine
+from dalle2_jax.nn.codes import Codes, decode
 from dalle2_jax.nn.decoder import Context
 from dalle2_jax.pipeline.encode import encode_caption, encode_image, spread
 from dalle2_jax.pipeline.models import Model, Part, in_batches, require
@@ -29,6 +31,7 @@ def text_to_image(
     seed: int = 0,
     num: int = 1,
     size: int | None = None,
+    prior: str | None = None,
     steps: Mapping[str, Any] | None = None,
     guidance: Mapping[str, float] | None = None,
     noise: Mapping[str, Any] | None = None,
@@ -42,11 +45,16 @@ def text_to_image(
       seed: picture k of a seed has the same noise in any batch and on any devices.
       num: pictures of each prompt.
       size: their side in pixels, one of ``model.sizes``; by default the largest.
+      prior: what the decoder is given as the image's embedding: that of the "diffusion"
+        or the "autoregressive" prior, by default of the first that the model has; or
+        "none", CLIP's embedding of the caption as if it were a picture's; or "caption",
+        nothing, so that it has only the caption (section 5.1).
       steps: sampling steps of the networks that shall not have the model's own:
         {"prior": 25, "decoder": 50, "upsampler": (8,)}, with an entry for each
         upsampler used. Each is a number or what else schedule.respace takes.
       guidance: scales of classifier-free guidance, {"prior": 2.0, "decoder": 4.0}; 1 is
-        none. Upsamplers have no guidance.
+        none. Upsamplers have no guidance. That of the prior is for either of them; the
+        autoregressive one has no steps and no noise.
       noise: noise that was drawn elsewhere, for the networks that shall not draw their
         own from the seed: {"prior": [steps, n, d], "decoder": [steps, n, h, w, 3],
         "upsampler": ([steps, n, h, w, 3],)}, n pictures in all. Entry 0 is x_T, entry k
@@ -59,16 +67,21 @@ def text_to_image(
     Raises:
       UserError: an empty prompt, or settings that the model cannot meet.
     """
-    require(model, "tokenizer", "clip", "prior", "decoder")
+    require(model, "tokenizer", "clip", "decoder")
+    prior = _which_prior(model, prior)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     _check_prompts(prompts)
     _check(num, seed)
-    model = _set(_cut(model, size), "steps", steps or {}, _STAGES)
-    model = _set(model, "guidance", guidance or {}, _STAGES[:2])
+    diffused = _STAGES if prior == "diffusion" else _STAGES[1:]
+    guided = _STAGES[:2] if prior in ("diffusion", "autoregressive") else _STAGES[1:2]
+    if prior == "autoregressive":
+        model = model._replace(prior=model.ar_prior)
+    model = _set(_cut(model, size), "steps", steps or {}, diffused)
+    model = _set(model, "guidance", guidance or {}, guided)
     length = model.clip.network.context_length
     tokens = model.tokenizer.encode(prompts, length).repeat(num, axis=0)
-    given = _given(model, noise or {}, len(tokens), _STAGES)
-    return _cascade(model, tokens, None, seed, given, progress)
+    given = _given(model, noise or {}, len(tokens), diffused)
+    return _cascade(model, tokens, None, seed, given, progress, prior)
 
 
 def variations(
@@ -116,8 +129,9 @@ def _cascade(
     seed: int,
     given: Mapping[str, Float[np.ndarray, "steps n ..."]],
     progress: Progress | None,
+    prior: str | None = None,
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """Pictures of captions and image embeddings, which by default the prior makes.
+    """Pictures of captions and image embeddings, or what `text_to_image` calls prior.
 
     ``given`` is the noise that networks shall not draw from the seed.
     """
@@ -146,12 +160,16 @@ def _cascade(
         words = place(tokens[rows])
         caption = encode_caption(model.clip, words)
         null = encode_caption(model.clip, jnp.broadcast_to(empty, words.shape))
-        if z_image is not None:
-            z = place(z_image[rows])
-        else:
-            mean, std = jnp.asarray(model.z_image_mean), jnp.asarray(model.z_image_std)
-            z = sample_prior(model.prior, caption, null, randomness("prior"), mean, std)
-            tell("prior", z)
+        match prior:
+            case "none":
+                z = caption.z_text
+            case "caption":
+                z = None
+            case None:
+                z = place(z_image[rows])
+            case _:
+                z = _embed(model, prior, caption, null, randomness("prior"))
+                tell("prior", z)
         x = sample_decoder(model.decoder, z, caption, null, randomness("decoder"))
         tell("decoder", x)
         for part in model.upsamplers:
@@ -160,6 +178,18 @@ def _cascade(
         return np.asarray(image.to_uint8(x))
 
     return in_batches(some, count, model.devices.size, BATCH)
+
+
+def _embed(
+    model: Model, prior: str, caption: Caption, null: Caption, randomness: Array
+) -> Float[Array, "b d"]:
+    """z_image of captions by one of the priors."""
+    if prior == "autoregressive":
+        return sample_ar_prior(model.prior, caption, null, randomness, model.codes)
+    mean, std = jnp.asarray(model.z_image_mean), jnp.asarray(model.z_image_std)
+    analytic = model.prior.sampling["variance"] == "analytic"
+    error = jnp.asarray(model.x0_error) if analytic else None
+    return sample_prior(model.prior, caption, null, randomness, mean, std, error)
 
 
 def picture_keys(seed: int, count: int) -> Key[Array, " count"]:
@@ -173,6 +203,7 @@ def picture_keys(seed: int, count: int) -> Key[Array, " count"]:
 # network, so that a different number of steps in one leaves the others' noise alone.
 
 _PRIOR, _DECODER, _UPSAMPLER = range(3)
+_CANDIDATES = 3  # an upsampler's number is larger: its pictures' side is added
 
 Randomness = Key[Array, " b"] | Float[Array, "b steps ..."]
 
@@ -184,6 +215,35 @@ def _draw(randomness: Randomness, network: int, shape: tuple[int, ...]) -> sampl
     return sample.gaussian(keys, shape)
 
 
+def _best(
+    draw: Callable[[Caption, Caption, Randomness], Float[Array, "n d"]],
+    caption: Caption,
+    null: Caption,
+    randomness: Randomness,
+    candidates: int,
+) -> Float[Array, "b d"]:
+    """Of as many embeddings of each caption the one that fits it best (section 2.2).
+
+    That is the one with the larger dot product with z_text, of unit vectors as CLIP
+    compares them. The first has the picture's own key, whatever their number.
+    """
+    if candidates == 1:
+        return draw(caption, null, randomness)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(randomness, _CANDIDATES)
+    others = [
+        jax.vmap(jax.random.fold_in, (0, None))(keys, k) for k in range(1, candidates)
+    ]
+    # A picture's candidates stay together on its device.
+    keys = jnp.stack([randomness, *others], axis=1).reshape(-1)
+    caption, null = jax.tree.map(
+        lambda x: jnp.repeat(x, candidates, axis=0), (caption, null)
+    )
+    z = draw(caption, null, keys)
+    fit = cosine(z, caption.z_text).reshape(-1, candidates)
+    z = z.reshape(-1, candidates, z.shape[-1])
+    return jnp.take_along_axis(z, fit.argmax(-1)[:, None, None], axis=1)[:, 0]
+
+
 @jit
 def sample_prior(
     prior: Part,
@@ -192,30 +252,69 @@ def sample_prior(
     randomness: Randomness,
     mean: Float[Array, " d"],
     std: Float[Array, " d"],
+    x0_error: Float[Array, " t"] | None = None,
 ) -> Float[Array, "b d"]:
     """z_image of captions; ``null`` is the empty caption, for guidance.
 
     ``randomness`` is a key for each, or the noise itself (see `text_to_image`).
+    ``x0_error`` is for the analytic variance: see diffusion.generate.
     """
 
     def apply(x_t: Array, t: Array, caption: Caption) -> Array:
         conditions = caption.z_text, caption.states, caption.mask
         return prior.network.apply({"params": prior.params}, x_t, t, *conditions)
 
-    draw = _draw(randomness, _PRIOR, mean.shape)
-    z = generate.generate(apply, caption, null, draw, prior.diffusion, prior.sampling)
-    return z * std + mean
+    def draw(caption: Caption, null: Caption, randomness: Randomness) -> Array:
+        z = generate.generate(
+            apply,
+            caption,
+            null,
+            _draw(randomness, _PRIOR, mean.shape),
+            prior.diffusion,
+            prior.sampling,
+            x0_error=x0_error,
+        )
+        return z * std + mean
+
+    return _best(draw, caption, null, randomness, prior.sampling["candidates"])
+
+
+@jit
+def sample_ar_prior(
+    prior: Part,
+    caption: Caption,
+    null: Caption,
+    keys: Key[Array, " b"],
+    codes: Codes,
+) -> Float[Array, "b d"]:
+    """z_image of captions by the autoregressive prior; a key for each."""
+
+    def draw(caption: Caption, null: Caption, keys: Key[Array, " n"]) -> Array:
+        drawn = ar_prior.sample(
+            prior.network,
+            prior.params,
+            caption,
+            null,
+            jax.vmap(jax.random.fold_in, (0, None))(keys, _PRIOR),
+            guidance=prior.sampling["guidance"],
+            temperature=prior.sampling["temperature"],
+        )
+        return decode(codes, drawn, prior.network.buckets)
+
+    return _best(draw, caption, null, keys, prior.sampling["candidates"])
 
 
 @jit
 def sample_decoder(
     decoder: Part,
-    z_image: Float[Array, "b d"],
+    z_image: Float[Array, "b d"] | None,
     caption: Caption,
     null: Caption,
     randomness: Randomness,
 ) -> Float[Array, "b h w 3"]:
-    """Pictures in [-1, 1] of image embeddings and captions."""
+    """Pictures in [-1, 1] of image embeddings and captions; None is no embedding."""
+    shown = z_image is not None
+    z_image = z_image if shown else jnp.zeros_like(caption.z_text)
     variables = {"params": decoder.params}
 
     def context(has_image: bool, caption: Caption) -> Context:
@@ -229,7 +328,7 @@ def sample_decoder(
 
     return generate.generate(
         apply,
-        context(True, caption),
+        context(shown, caption),
         context(False, null),
         _draw(randomness, _DECODER, (decoder.size, decoder.size, 3)),
         decoder.diffusion,
@@ -268,6 +367,31 @@ def sample_upsampler(
 # What the caller asks for, checked and put into the model.
 
 _STAGES = ("prior", "decoder", "upsampler")
+
+
+def _which_prior(model: Model, prior: str | None) -> str:
+    """The prior asked for, or the first that the model has."""
+    parts = {"diffusion": model.prior, "autoregressive": model.ar_prior}
+    has = [name for name, part in parts.items() if part is not None]
+    if prior is None:
+        if not has:
+            require(model, "prior")
+        prior = has[0]
+    if prior not in (*has, "none", "caption"):
+        raise UserError(
+            f"prior={prior!r}: the model {model.path} has {', '.join(has) or 'none'}; "
+            f"choose one of {', '.join([*has, 'none', 'caption'])}"
+        )
+    if (
+        prior == "diffusion"
+        and model.prior.sampling["variance"] == "analytic"
+        and model.x0_error is None
+    ):
+        raise UserError(
+            f"the prior of {model.path} is to be sampled with analytic variance, which "
+            "hasn't been measured: run python -m dalle2_jax.analytic"
+        )
+    return prior
 
 
 def _check_prompts(prompts: Sequence[str]) -> None:
@@ -358,6 +482,11 @@ def _given(
         for part, array in zip(parts, arrays, strict=True):
             array = np.asarray(array, np.float32)
             steps = _table(part, part.sampling["steps"]).steps
+            if name == "prior" and part.sampling["candidates"] != 1:
+                raise UserError(
+                    f"noise of a prior with candidates={part.sampling['candidates']}: "
+                    "it must have 1"
+                )
             side = (part.size, part.size, 3)
             shape = (part.network.clip_dim,) if name == "prior" else side
             if array.shape != (steps, count, *shape):
