@@ -1,5 +1,10 @@
 """The command that measures a prior's errors: what it writes, and its refusals."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +12,12 @@ import pytest
 
 import dalle2_jax
 from configs import prior as configs_prior
-from dalle2_jax import analytic, checkpoint
+from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
-from dalle2_jax.pipeline import generate
 from dalle2_jax.stages import prior
 from tests.tiny import make_stage
+
+ROOT = Path(__file__).parent.parent
 
 
 def tiny_config(model):
@@ -64,38 +70,52 @@ def test_the_model_is_sampled_with_them(tiny_models, error, tmp_path):
         dalle2_jax.text_to_image(write("without", model.statistics), "a red circle")
 
 
-def test_the_command(tiny_models, error, tmp_path, monkeypatch, capsys):
-    config = tiny_config("")
-    values = {
-        "MODEL": str(tiny_models["upsampler"]),
-        "OUT": str(tmp_path / "out"),
-        "CONFIG": config,
-        "EXAMPLES": 16,
-    }
-    for name, value in values.items():
-        holder = type("Flag", (), {"value": value})
-        monkeypatch.setattr(analytic, name, holder)
-    monkeypatch.setattr("dalle2_jax.train.cache.use_compilation_cache", lambda: None)
-    analytic.main()
-    assert "at 500" in capsys.readouterr().out
+def run(*arguments):
+    """In a process of its own, whose flags are not train.py's."""
+    return subprocess.run(
+        [sys.executable, "-m", "dalle2_jax.analytic", *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+
+
+def test_the_command(tiny_models, error, tmp_path):
+    done = run(
+        f"--model={tiny_models['upsampler']}",
+        f"--out={tmp_path / 'out'}",
+        "--config=configs/prior.py:tiny",
+        "--config.batch_size=8",
+        "--examples=16",
+    )
+    assert done.returncode == 0 and "at 500" in done.stdout, done.stderr
     before, after = (
         checkpoint.load(path) for path in (tiny_models["upsampler"], tmp_path / "out")
     )
-    np.testing.assert_array_equal(after.statistics["prior_x0_error"], error)
+    np.testing.assert_allclose(after.statistics["prior_x0_error"], error, rtol=1e-3)
     assert after.config["parts"]["prior"]["sampling"]["variance"] == "analytic"
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
-    assert generate.require(dalle2_jax.load(tmp_path / "out"), "prior") is None
+    assert dalle2_jax.load(tmp_path / "out").x0_error.shape == (1000,)
 
-    for name, value, message in (
-        ("MODEL", "", "no --model"),
-        ("OUT", "", "no --out"),
-        ("CONFIG", None, "no --config"),
-        ("EXAMPLES", 0, "--examples=0"),
-    ):
-        with monkeypatch.context() as m:
-            m.setattr(analytic, name, type("Flag", (), {"value": value}))
-            with pytest.raises(UserError, match=message):
-                analytic.main()
+
+CONFIG = "--config=configs/prior.py:tiny"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out=o", CONFIG], "no --model"),
+        (["--model=m", CONFIG], "no --out"),
+        (["--model=m", "--out=o"], "no --config"),
+        (["--model=m", "--out=o", CONFIG, "--examples=0"], "--examples=0"),
+        (["--model=m", "--out=o", CONFIG], "m is not a model"),
+    ],
+)
+def test_what_it_refuses(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_a_model_without_a_prior(tiny_models):

@@ -21,12 +21,13 @@ def read(model, batches, count=8):
     tokens = jnp.asarray(np.concatenate([b["tokens"] for b in found]))
     z_image = shared.encode_image(base.clip, base.clip_params, pictures)
     z_text = shared.encode_caption(base.clip, base.clip_params, tokens).z_text
-    return np.asarray(z_image), np.asarray(z_text)
+    return z_image, z_text
 
 
 def test_tables_are_those_of_the_embeddings(tiny_models):
     stage = make_stage("ar_prior", tiny_models["clip"])
-    z_image, z_text = read(tiny_models["clip"], stage.batches("train", 0))
+    found = read(tiny_models["clip"], stage.batches("train", 0))
+    z_image, z_text = map(np.asarray, found)
     table, edges = stage.frozen["codes"], stage.frozen["dot_products"]
     np.testing.assert_allclose(table.mean, z_image.mean(0), atol=1e-5)
     _, s, _ = np.linalg.svd(np.float64(z_image - z_image.mean(0)))
