@@ -36,7 +36,7 @@ PARAMETERS = {
     ("prior", "karlo"): 1_022_028_544,
     ("prior", "karlo_lean"): 1_022_028_544,
     ("ar_prior", "tiny"): 29_936,
-    ("ar_prior", "small"): 854_208,
+    ("ar_prior", "small"): 850_112,
     ("ar_prior", "paper"): 805_849_600,
     ("decoder", "tiny"): 1_822_355,
     ("decoder", "small"): 2_094_972,
