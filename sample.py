@@ -22,7 +22,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "text_to_image": Task(("prompt",), ("num", "best_of", "negative_prompt")),
+    "text_to_image": Task(("prompt",), ("num", "best_of", "prior", "negative_prompt")),
     "variations": Task(("image",), ("num", "eta")),
     "interpolate": Task(("image", "image2"), ("frames", "shared_noise")),
     "text_diff": Task(("image", "prompt_from", "prompt"), ("frames", "theta")),
@@ -61,6 +61,12 @@ OF_TASKS = [
     flags.DEFINE_integer("num", None, "Pictures, of each prompt (4)."),
     flags.DEFINE_integer(
         "best_of", None, "Make so many of each prompt, keep what CLIP likes best."
+    ),
+    flags.DEFINE_enum(
+        "prior",
+        None,
+        ["diffusion", "autoregressive", "none", "caption"],
+        "Where the image embedding is from; none is the text's, caption is without.",
     ),
     flags.DEFINE_string("negative_prompt", None, "What guidance leads away from."),
     flags.DEFINE_string("image", None, "A picture's file."),

@@ -12,6 +12,7 @@ karlo_lean  the same in far less memory: the upper half of the blocks.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs.common import FINETUNE, common, diffusion, lean, row, sampling
 
@@ -86,6 +87,10 @@ def get_config(size: str = "small") -> ConfigDict:
     config.net.remat = size not in ("tiny", "small", "base")
     config.diffusion = diffusion(predict="x0", variance="fixed_small")
     config.sampling = sampling(**{"clip": 10.0, **values["sampling"]})
+    # Embeddings for each picture, of which the one that fits its caption best is kept.
+    config.sampling.candidates = 2 if size == "paper" else 1
+    # python -m dalle2_jax.analytic makes it "analytic", as the paper's, once trained.
+    config.sampling.variance = placeholder(str)
     config.drop_caption = 0.1
     # Pictures whose embeddings give the mean and deviation that the prior works with.
     config.statistics_examples = values["statistics_examples"]

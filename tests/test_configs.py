@@ -14,6 +14,7 @@ from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.diffusion import schedule
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import abstract
+from dalle2_jax.nn.ar_prior import ARPrior
 from dalle2_jax.nn.clip import CLIP
 from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.prior import DiffusionPrior
@@ -36,6 +37,9 @@ PARAMETERS = {
     ("prior", "paper"): 1_225_925_632,
     ("prior", "karlo"): 1_022_028_544,
     ("prior", "karlo_lean"): 1_022_028_544,
+    ("ar_prior", "tiny"): 29_936,
+    ("ar_prior", "small"): 850_112,
+    ("ar_prior", "paper"): 805_849_600,
     ("decoder", "tiny"): 1_822_355,
     ("decoder", "small"): 2_094_972,
     ("decoder", "base"): 4_946_316,
@@ -49,7 +53,8 @@ PARAMETERS = {
     ("upsampler", "karlo"): 691_579_523,
     ("upsampler", "karlo_lean"): 691_579_523,
 }
-STAGES = ["clip", "prior", "decoder", "upsampler"]
+STAGES = ["clip", "prior", "ar_prior", "decoder", "upsampler"]
+QUICKSTART = ["clip", "prior", "decoder", "upsampler"]
 
 
 def module(stage):
@@ -71,6 +76,8 @@ def params(stage, size):
             model = CLIP(**clip_net(size))
         case "prior":
             model = DiffusionPrior(**stages.prior.network(config, clip_net(size)))
+        case "ar_prior":
+            model = ARPrior(**stages.ar_prior.network(config, clip_net(size)))
         case "decoder":
             model = Decoder(**stages.decoder.network(config, clip_net(size)))
         case "upsampler":
@@ -93,6 +100,8 @@ def test_parameter_count(stage, size):
         # The published sizes have one or two digits. 24 blocks of width 2048 alone
         # are 1.21B, which the paper calls 1B.
         ("prior", "paper", 1e9, 0.25),
+        # Less the text encoder, which alone would make 1.2B more.
+        ("ar_prior", "paper", 1e9, 0.25),
         ("decoder", "paper", 3.5e9, 0.02),
         ("upsampler", "paper_256", 700e6, 0.02),
         ("upsampler", "paper_1024", 300e6, 0.12),  # 267M
@@ -164,6 +173,18 @@ def test_table_3_of_the_paper(stage, size):
     }
 
 
+def test_the_papers_autoregressive_prior():
+    """Its column of Table 3, and section 2 of arXiv 2204.06125."""
+    config = module("ar_prior").get_config("paper")
+    assert (config.net.width, config.net.layers, config.net.heads) == (1664, 24, 26)
+    assert (config.net.components, config.net.buckets) == (319, 1024)
+    assert (config.batch_size, config.steps) == (4096, 1_000_000)
+    optim = config.optim
+    assert (optim.learning_rate, optim.b2, optim.eps) == (1.6e-4, 0.91, 1e-10)
+    assert (optim.weight_decay, config.ema_decay) == (4e-2, 0.999)
+    assert config.drop_caption == 0.1
+
+
 def leaves(config):
     """The keys that hold values, of a config and its sections."""
     for name, value in config.items():
@@ -184,8 +205,8 @@ def test_every_key_is_read():
 @pytest.mark.parametrize("size", ["tiny", "small"])
 def test_the_quick_start_trains_every_stage_at_its_size(size):
     config = module("quickstart").get_config(size)
-    assert list(config.stages) == STAGES
-    for stage in STAGES:
+    assert list(config.stages) == QUICKSTART
+    for stage in QUICKSTART:
         expected = module(stage).get_config(size)
         expected.steps = config[stage].steps
         expected.optim.warmup = config[stage].optim.warmup
@@ -198,6 +219,7 @@ def test_the_quick_start_trains_every_stage_at_its_size(size):
     [
         ("clip", "tiny, small, base, paper, vit_l_14"),
         ("prior", "tiny, small, base, paper, karlo, karlo_lean"),
+        ("ar_prior", "tiny, small, paper"),
         ("decoder", "tiny, small, base, paper, karlo, karlo_lean"),
         ("upsampler", "tiny, small, paper_256, paper_1024, karlo, karlo_lean"),
         ("quickstart", "tiny, small"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.diffusion import generate, guide, sample, schedule
+from dalle2_jax.diffusion import generate, guide, process, sample, schedule
 from dalle2_jax.errors import UserError
 
 DIFFUSION = dict(schedule="cosine", steps=1000, predict="x0", variance="fixed_small")
@@ -78,3 +78,34 @@ def test_the_last_step_may_have_a_network_of_its_own():
 def test_an_unknown_sampler_is_refused():
     with pytest.raises(UserError, match="'euler': must be one of ddpm, ddim"):
         run(sampler="euler")
+
+
+def test_measured_errors_make_the_variance_analytic():
+    """They count the timesteps in training, whatever steps are visited."""
+    error = jnp.linspace(0.1, 1.0, 1000)
+
+    def analytic(denoise, table, x, draw):
+        found = process.analytic_log_variance(table, error[table.timesteps], 1.0)
+        return sample.ddpm(guide.set_log_variance(denoise, found), table, x, draw)
+
+    draw = sample.gaussian(jax.random.split(jax.random.key(0), 3), (4,))
+    noisy = dict(SAMPLING, guidance=1.0)
+
+    def follows(x_t, t, cond):
+        return 0.5 * x_t
+
+    found = generate.generate(
+        follows, COND, NULL, draw, DIFFUSION, noisy, x0_error=error
+    )
+    table = schedule.respace(schedule.cosine(1000), 5)
+    denoise = guide.denoiser(
+        lambda x_t, t: follows(x_t, t, COND),
+        table,
+        predict="x0",
+        variance="fixed_small",
+        transform=guide.clip_x0(1.0),
+    )
+    expected = analytic(denoise, table, draw(0), draw)
+    np.testing.assert_array_equal(found, expected)
+    as_trained = generate.generate(follows, COND, NULL, draw, DIFFUSION, noisy)
+    assert np.abs(found - as_trained).max() > 0.01

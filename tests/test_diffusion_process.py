@@ -331,3 +331,35 @@ def test_mistakes_are_named():
         attempt(wide)
     with pytest.raises(ValueError, match="only learned_range takes twice"):
         attempt(normal(2, (*SHAPE[:-1], 4)), variance="learned_range")
+
+
+@pytest.mark.parametrize("table", [TEN, FULL], ids=["ten steps", "full"])
+@pytest.mark.parametrize("std", [0.2, 1.0, 3.0])
+def test_analytic_variance_is_the_reverse_process_of_gaussian_data(table, std):
+    """x_{i-1} given x_i is normal then; its variance by conditioning the pair."""
+    of_x = table.alpha_bar * std**2 + 1 - table.alpha_bar  # Var x_i
+    of_x_prev = table.alpha_bar_prev * std**2 + 1 - table.alpha_bar_prev
+    together = np.sqrt(1 - table.betas) * of_x_prev  # Cov(x_{i-1}, x_i)
+    expected = of_x_prev - together**2 / of_x
+    left = std**2 * (1 - table.alpha_bar) / of_x  # Var x_0 given x_i
+    found = process.analytic_log_variance(table, f32(left))
+    np.testing.assert_allclose(np.exp(found), expected, rtol=1e-4)
+    # Theirs is written with the noise: (1 - alpha_bar) / alpha_bar · (1 - E eps_hat²).
+    eps_hat = (1 - table.alpha_bar) / of_x  # the mean square of E[eps | x_i]
+    theirs = (1 - eps_hat) / table.snr
+    np.testing.assert_allclose(left, theirs, rtol=1e-6)
+
+
+def test_analytic_variance_has_bounds():
+    """Theorem 2: for any data, and for bounded data."""
+    none = np.exp(process.analytic_log_variance(TEN, f32(np.full(10, -1.0))))
+    np.testing.assert_allclose(none[1:], TEN.posterior_variance[1:], rtol=1e-5)
+    any_data = np.exp(process.analytic_log_variance(TEN, f32(np.full(10, 1e12))))
+    # The bound of theorem 2: λ² + (√(β̄_n / α_n) - √(β̄_{n-1} - λ²))².
+    rest = np.sqrt(1 - TEN.alpha_bar_prev - TEN.posterior_variance)
+    most = (np.sqrt((1 - TEN.alpha_bar) / (1 - TEN.betas)) - rest) ** 2
+    np.testing.assert_allclose(any_data, TEN.posterior_variance + most, rtol=1e-4)
+    bounded = np.exp(process.analytic_log_variance(TEN, f32(np.full(10, 1e12)), 2.0))
+    of_x0 = np.sqrt(TEN.alpha_bar_prev) * TEN.betas / (1 - TEN.alpha_bar)
+    expected = TEN.posterior_variance + of_x0**2 * np.minimum(4.0, 1 / TEN.snr)
+    np.testing.assert_allclose(bounded, expected, rtol=1e-4)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.diffusion import process, sample, schedule
+from dalle2_jax.diffusion import guide, process, sample, schedule
 
 FULL = schedule.cosine(1000)
 M, S = 0.3, 0.7
@@ -464,3 +464,21 @@ def test_dpm_solver_is_diffusers_but_for_the_step_before_last(predict):
     ours = our_path(sample.dpm_solver, table, predict, "fixed_small", np.inf)
     theirs = their_path(scheduler, table.timesteps[::-1], step)
     np.testing.assert_allclose(ours[:-2], theirs[:-2], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [3, 10])
+def test_analytic_variance_gives_the_datas_own_in_few_steps(steps):
+    """Where the posterior's, which leaves x_0 out, makes samples too much alike."""
+    table = schedule.respace(FULL, steps)
+    left = S**2 * (1 - table.alpha_bar) / (table.alpha_bar * S**2 + 1 - table.alpha_bar)
+    log_variance = process.analytic_log_variance(table, jnp.float32(left))
+    denoise = guide.set_log_variance(oracle(table), log_variance)
+    mean, variance = moments(
+        table, lambda x, draw: sample.ddpm(denoise, table, x, draw)
+    )
+    # The last step, which adds no noise, lacks what its x_0 leaves open.
+    expected = S**2 - left[0]
+    np.testing.assert_allclose([mean, variance], [M, expected], rtol=2e-3)
+    small = oracle(table)
+    _, less = moments(table, lambda x, draw: sample.ddpm(small, table, x, draw))
+    assert less < 0.95 * variance

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.convert.openai_clip import clip_table
-from dalle2_jax.nn.clip import CLIP
+from dalle2_jax.nn.clip import CLIP, cosine
 from tests.golden import peer
 
 EOT = 39
@@ -175,3 +175,8 @@ def test_the_stem_is_torchs_convolutions():
     x = functional.conv2d(x, *weights("patch_embedding", bias=False), stride=2)
     expected = x.numpy().transpose(0, 2, 3, 1)
     np.testing.assert_allclose(embedded, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cosine():
+    a, b = jnp.asarray([[1.0, 0.0], [2.0, 2.0]]), jnp.asarray([[0.0, 3.0], [1.0, 1.0]])
+    np.testing.assert_allclose(cosine(a, b), [0.0, 1.0], atol=1e-6)

@@ -139,7 +139,7 @@ def test_sample_writes_pictures_and_a_grid(tiny_models, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["clip", "prior", "decoder", "upsampler"])
+@pytest.mark.parametrize("name", ["clip", "prior", "ar_prior", "decoder", "upsampler"])
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     name, how, tiny_models, tmp_path

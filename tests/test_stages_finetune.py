@@ -18,6 +18,7 @@ from tests.tiny import make_stage
 PARTS = {
     "clip": "clip",
     "prior": "prior",
+    "ar_prior": "ar_prior",
     "decoder": "decoder",
     "upsampler": "upsampler_32",
 }
@@ -31,18 +32,20 @@ def assert_equal(one, other):
 def converted(tiny_models, tmp_path_factory):
     """A model with a part that no stage trains, and statistics that no data has."""
     directory = tmp_path_factory.mktemp("converted") / "model"
-    model = checkpoint.load(tiny_models["upsampler"])
-    parts = model.config["parts"]
-    statistics = {"z_image_mean": np.arange(32.0), "z_image_std": np.arange(1, 33.0)}
+    stage = make_stage("ar_prior", tiny_models["upsampler"])
+    model = stage.export(stage.init(jax.random.key(0)))
+    parts = model["config"]["parts"]
+    fixed = {"z_image_mean": np.arange(32.0), "z_image_std": np.arange(1, 33.0)}
+    fixed = {name: value.astype(np.float32) for name, value in fixed.items()}
     checkpoint.export(
         directory,
         params={
-            **model.params,
+            **model["params"],
             "upsampler_32_last": {"kernel": np.ones((2, 3), np.float16)},
         },
         config={"parts": {**parts, "upsampler_32_last": {"net": {}}}},
-        tokenizer=tokenizer.load(model.tokenizer_dir),
-        statistics={k: v.astype(np.float32) for k, v in statistics.items()},
+        tokenizer=model["tokenizer"],
+        statistics={**model["statistics"], **fixed},
     )
     return directory
 
@@ -174,5 +177,7 @@ def test_a_model_without_statistics_or_tokenizer(converted, tmp_path):
         )
     with pytest.raises(UserError, match="no z_image_mean and no z_image_std, without"):
         make_stage("prior", init_from=str(tmp_path / "prior"))
+    with pytest.raises(UserError, match="no statistics of an ar_prior, without which"):
+        make_stage("ar_prior", init_from=str(tmp_path / "prior"))
     with pytest.raises(UserError, match="has no tokenizer: give .*tokenizer.path=DIR"):
         make_stage("clip", init_from=str(tmp_path / "clip"))

@@ -5,7 +5,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
-from dalle2_jax.stages import prior
 from dalle2_jax.stages import stage as shared
 from tests.tiny import make_stage
 
@@ -25,8 +24,3 @@ def test_statistics_are_those_of_the_embeddings(tiny_models):
     z = shared.encode_image(base.clip, base.clip_params, pictures)
     np.testing.assert_allclose(statistics["z_image_mean"], z.mean(0), atol=1e-5)
     np.testing.assert_allclose(statistics["z_image_std"], z.std(0), rtol=1e-3)
-
-
-def test_cosine():
-    a, b = jnp.asarray([[1.0, 0.0], [2.0, 2.0]]), jnp.asarray([[0.0, 3.0], [1.0, 1.0]])
-    np.testing.assert_allclose(prior.cosine(a, b), [0.0, 1.0], atol=1e-6)

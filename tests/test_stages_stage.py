@@ -13,7 +13,7 @@ from dalle2_jax.errors import UserError
 from dalle2_jax.stages import stage as shared
 from tests.tiny import make_stage
 
-NAMES = ("clip", "prior", "decoder", "upsampler")
+NAMES = ("clip", "prior", "ar_prior", "decoder", "upsampler")
 
 
 def test_dropped_captions_become_the_empty_one():

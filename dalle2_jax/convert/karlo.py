@@ -161,7 +161,9 @@ def _read_prior(folder: Path, place: checkpoint.Place) -> Made:
         ignore=names.PRIOR_STATISTICS,
     )
     # Steps and guidance are the defaults of the pipelines, here and below.
-    return {"net": net, **_settings(folder / "prior_scheduler", 25, 4.0)}, params
+    settings = _settings(folder / "prior_scheduler", 25, 4.0)
+    settings["sampling"] |= {"candidates": 1, "variance": None}
+    return {"net": net, **settings}, params
 
 
 def _read_statistics(folder: Path) -> dict[str, np.ndarray]:

@@ -357,6 +357,7 @@ def check_shape(parts: Mapping[str, Any]) -> None:
         wanted += [
             ("prior.activation", prior.activation, "gelu"),
             ("prior.text_width", prior.text_width, prior.clip_dim),
+            ("prior.variance", parts["prior"]["sampling"]["variance"], None),
         ]
     for name in ("prior", "decoder", names[0]):
         if name in parts:

@@ -14,6 +14,11 @@ says how to run it:
 An upsampler's settings say also, for who calls `generate`:
 
     round_low  whether the low-resolution picture is rounded to 8 bits
+
+and a prior's:
+
+    variance    "analytic" for `generate` with x0_error, or None for that of `diffusion`
+    candidates  embeddings for each picture, of which the one that fits best is kept
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +26,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from dalle2_jax.diffusion import guide, sample, schedule
+from dalle2_jax.diffusion import guide, process, sample, schedule
 from dalle2_jax.errors import UserError
 
 SAMPLERS = ("ddpm", "ddim", "dpm_solver", "repaint")
@@ -39,6 +44,7 @@ def generate(
     sampling: Mapping[str, Any],
     last: Apply | None = None,
     known: tuple[Array, Array] | None = None,
+    x0_error: Float[Array, " t"] | None = None,
 ) -> Float[Array, "b ..."]:
     """Samples x0, one for each entry of the condition.
 
@@ -51,6 +57,8 @@ def generate(
       last: the network of the last step, where it has one of its own.
       known: (x0, mask) that broadcast over the samples: what is to stay where the mask
         is 0.
+      x0_error: mean squared error of the network's x0 at each timestep in training; if
+        given, "ddpm" has the analytic variance in place of the one in `diffusion`.
 
     Raises:
       UserError: the sampler is unknown.
@@ -62,6 +70,13 @@ def generate(
     if last is not None:
         last_denoise = denoiser(last, cond, null, diffusion, sampling, channels)
         denoise = guide.change_last(denoise, last_denoise)
+    if x0_error is not None:
+        denoise = guide.set_log_variance(
+            denoise,
+            process.analytic_log_variance(
+                table, x0_error[table.timesteps], sampling["clip"]
+            ),
+        )
     if known is not None:
         denoise = guide.keep_known(denoise, *known)
     match sampling["sampler"]:

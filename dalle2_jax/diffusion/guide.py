@@ -89,6 +89,11 @@ def change_last(denoise: Denoiser, last: Denoiser) -> Denoiser:
     return lambda x_t, i: jax.lax.cond(i == 0, last, denoise, x_t, i)
 
 
+def set_log_variance(denoise: Denoiser, log_variance: Float[Array, " n"]) -> Denoiser:
+    """Puts another log variance at each level in the place of the denoiser's."""
+    return lambda x_t, i: denoise(x_t, i)._replace(log_variance=log_variance[i])
+
+
 def clip_x0(limit: float | int) -> Transform:
     """Clips x0 to [-limit, limit]."""
     return lambda x0: jnp.clip(x0, -limit, limit)

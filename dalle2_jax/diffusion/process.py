@@ -116,6 +116,28 @@ def log_variance(
     raise _unknown("variance", variance, VARIANCES)
 
 
+def analytic_log_variance(
+    schedule: Schedule, x0_error: Float[Array, " n"], limit: float | None = None
+) -> Float[Array, " n"]:
+    """Log of the variance of p(x_{i-1} | x_i) that fits the data best, at each level.
+
+    Analytic-DPM (Bao et al. 2022, arXiv 2201.06503), theorem 1, for DDPM's posterior:
+    its variance, and that of its mean for all x_0 that x_i leaves open. Theirs is
+    E‖x_0 - x̂_0‖² / d = (1 - alpha_bar) / alpha_bar · (1 - E‖ε̂‖² / d), which for a
+    network that isn't perfect is the error that it makes (arXiv 2206.07309, section 3).
+
+    Args:
+      x0_error: E‖x_0 - x̂_0‖² / d at each level of `schedule`. It is clipped to what it
+        can be for any data, and for data within ±`limit` (theorem 2).
+    """
+    s = schedule
+    most = np.minimum(1 / s.snr, np.inf if limit is None else limit**2)
+    error = jnp.clip(x0_error, 0, jnp.float32(most))
+    of_x0 = np.sqrt(s.alpha_bar_prev) * s.betas / (1 - s.alpha_bar)  # posterior_mean's
+    variance = jnp.float32(s.posterior_variance) + jnp.float32(of_x0**2) * error
+    return jnp.log(jnp.maximum(variance, 1e-20))
+
+
 def loss(
     schedule: Schedule,
     output: X,

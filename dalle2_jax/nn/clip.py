@@ -33,6 +33,12 @@ class Caption(NamedTuple):
     mask: Bool[Array, "b l"]  # True on the caption, False on the padding
 
 
+def cosine(a: Float[Array, "b d"], b: Float[Array, "b d"]) -> Float[Array, " b"]:
+    """Cosine of the angle between the vectors of each pair."""
+    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, axis=-1) / norms
+
+
 class VisionTower(nn.Module):
     """ViT with a class token; its final state, projected, is the image embedding.
 

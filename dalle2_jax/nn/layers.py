@@ -5,7 +5,8 @@ module's ``dtype``.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -40,11 +41,13 @@ def attention(
 ) -> Float[Array, "b tq h d"]:
     """softmax(q kᵀ / √d) v, with a float32 softmax; ``mask`` is True where q may see k.
 
-    On a GPU in half precision it is cuDNN's fused kernel. Elsewhere it is written with
-    the heads moved forward, which XLA's CPU backend runs as plain matrix products. On
-    one CPU long sequences are taken head by head, so that the weights stay in cache.
+    On a GPU in half precision it is cuDNN's fused kernel, but for a single q. Elsewhere
+    it is written with the heads moved forward, which XLA's CPU backend runs as plain
+    matrix products. On one CPU long sequences are taken head by head, so that the
+    weights stay in cache.
     """
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if jax.default_backend() == "gpu" and half and q.shape[1] > 1:
         # cuDNN wants a mask of the full shape.
         if mask is not None:
             shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
@@ -134,10 +137,27 @@ class GroupNorm(nn.Module):
         return (x32 * a[:, None, None] + offset[:, None, None]).astype(x.dtype)
 
 
+class Cache(NamedTuple):
+    """The keys and values of a block's attention, of all positions that there will be.
+
+    Those that aren't there yet are to be masked.
+    """
+
+    k: Float[Array, "b s h d"]
+    v: Float[Array, "b s h d"]
+
+    def write(self, k: Array, v: Array, start: Int[Array, ""]) -> "Cache":
+        """With those of the positions from ``start`` on."""
+        write = jax.lax.dynamic_update_slice_in_dim
+        return Cache(write(self.k, k, start, 1), write(self.v, v, start, 1))
+
+
 class Block(nn.Module):
     """A pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x)).
 
-    The MLP is ``mlp_width`` wide, or four times the block's width.
+    The MLP is ``mlp_width`` wide, or four times the block's width. With a cache, x are
+    the positions from ``start`` on; they see the cached ones, which the mask is of, and
+    the cache with themselves is returned, too.
     """
 
     heads: int
@@ -147,8 +167,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t c"], mask: Bool[Array, "#b #h #t t"] | None = None
-    ) -> Float[Array, "b t c"]:
+        self,
+        x: Float[Array, "b t c"],
+        mask: Bool[Array, "#b #h #t s"] | None = None,
+        cache: Cache | None = None,
+        start: Int[Array, ""] | None = None,
+    ) -> Float[Array, "b t c"] | tuple[Float[Array, "b t c"], Cache]:
         b, t, c = x.shape
 
         def dense(features: int, name: str) -> nn.Dense:
@@ -156,13 +180,19 @@ class Block(nn.Module):
 
         qkv = dense(3 * c, "qkv")(LayerNorm(name="ln_1")(x))
         q, k, v = jnp.split(qkv.reshape(b, t, 3 * self.heads, -1), 3, axis=2)
+        if cache is not None:
+            k, v = cache = cache.write(k, v, start)
         x = x + dense(c, "out")(attention(q, k, v, mask).reshape(b, t, c))
         h = dense(self.mlp_width or 4 * c, "mlp_in")(LayerNorm(name="ln_2")(x))
-        return x + dense(c, "mlp_out")(ACTIVATIONS[self.activation](h))
+        x = x + dense(c, "mlp_out")(ACTIVATIONS[self.activation](h))
+        return x if cache is None else (x, cache)
 
 
 class Transformer(nn.Module):
-    """Pre-norm blocks; ``remat`` recomputes each one in the backward pass."""
+    """Pre-norm blocks; ``remat`` recomputes each one in the backward pass.
+
+    With a cache for each block, the caches are returned, too: see Block.
+    """
 
     layers: int
     heads: int
@@ -173,15 +203,24 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t c"], mask: Bool[Array, "#b #h #t t"] | None = None
-    ) -> Float[Array, "b t c"]:
-        block = nn.remat(Block) if self.remat else Block
+        self,
+        x: Float[Array, "b t c"],
+        mask: Bool[Array, "#b #h #t s"] | None = None,
+        caches: Sequence[Cache] | None = None,
+        start: Int[Array, ""] | None = None,
+    ) -> Float[Array, "b t c"] | tuple[Float[Array, "b t c"], list[Cache]]:
+        block, written = nn.remat(Block) if self.remat else Block, []
         for i in range(self.layers):
             name = f"block_{i}"
-            x = block(
+            layer = block(
                 self.heads, self.activation, self.dtype, self.mlp_width, name=name
-            )(x, mask)
-        return x
+            )
+            if caches is None:
+                x = layer(x, mask)
+            else:
+                x, cache = layer(x, mask, caches[i], start)
+                written.append(cache)
+        return x if caches is None else (x, written)
 
 
 def causal_mask(length: int) -> Bool[Array, "1 1 t t"]:

@@ -36,6 +36,8 @@ from dalle2_jax.pipeline.models import Model, require
 STEPS = 100  # of DDIM, there and back
 REPEATS = 4  # how often RePaint takes a step
 
+DECODING = generate.STAGES[1:], generate.STAGES[1:2]  # have steps, have guidance
+
 Pictures = UInt8[np.ndarray, "n h w 3"]
 
 
@@ -157,7 +159,7 @@ def variations(
         z, x_T = (a.repeat(num, axis=0) for a in found)
         return _decode(model, settings, z, x_T, eta, keys, progress)
     z = encode_image(model, _one(picture)).repeat(num, axis=0)
-    model = generate.set_all(model, settings, generate.STAGES[1:])
+    model = generate.set_all(model, settings, *DECODING)
     given = generate.given_noise(model, settings.noise, num, generate.STAGES[1:])
     return generate.cascade(model, _request(model, z, keys, given=given), progress)
 
@@ -242,7 +244,7 @@ def blend(
         )
         parts += list(drawn.reshape(len(prompts), num, -1))
     z = mean_direction(parts, weights / weights.sum())
-    model = generate.set_all(model, given, generate.STAGES)
+    model = generate.set_all(model, given, generate.STAGES, generate.STAGES[:2])
     z = np.broadcast_to(z, (num, z.shape[-1]))
     request = _request(model, z, generate.picture_keys(seed, num))
     return generate.cascade(model, request, progress)
@@ -566,10 +568,6 @@ def _one(picture: Any) -> list[Any]:
 
 def _within(values: Any, name: str) -> np.ndarray:
     values = np.asarray(values, np.float64)
-    if (
-        values.ndim != 1
-        or not len(values)
-        or not ((0 <= values) & (values <= 1)).all()
-    ):
+    if values.ndim != 1 or not len(values) or not ((0 <= values) & (values <= 1)).all():
         raise UserError(f"{name} is {values.tolist()}: must be from 0 to 1")
     return values

@@ -11,7 +11,9 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.errors import UserError
-from dalle2_jax.nn.clip import Caption
+from dalle2_jax.nn import ar_prior
+from dalle2_jax.nn.clip import Caption, cosine
+from dalle2_jax.nn.codes import Codes, decode
 from dalle2_jax.nn.decoder import Context, with_known
 from dalle2_jax.pipeline.encode import clip_score, encode_caption, spread
 from dalle2_jax.pipeline.models import Model, Part, batches, require
@@ -29,6 +31,7 @@ def text_to_image(
     seed: int = 0,
     num: int = 1,
     size: int | None = None,
+    prior: str | None = None,
     steps: Mapping[str, Any] | None = None,
     guidance: Mapping[str, float] | None = None,
     noise: Mapping[str, Any] | None = None,
@@ -44,11 +47,16 @@ def text_to_image(
       seed: picture k of a seed has the same noise in any batch and on any devices.
       num: pictures of each prompt.
       size: their side in pixels, one of ``model.sizes``; by default the largest.
+      prior: what the decoder is given as the image's embedding: that of the "diffusion"
+        or the "autoregressive" prior, by default of the first that the model has; or
+        "none", CLIP's embedding of the caption as if it were a picture's; or "caption",
+        nothing, so that it has only the caption (section 5.1).
       steps: sampling steps of the networks that shall not have the model's own:
         {"prior": 25, "decoder": 50, "upsampler": (8,)}, with an entry for each
         upsampler used. Each is a number or what else schedule.respace takes.
       guidance: scales of classifier-free guidance, {"prior": 2.0, "decoder": 4.0}; 1 is
-        none. Upsamplers have no guidance.
+        none. Upsamplers have no guidance. That of the prior is for either of them; the
+        autoregressive one has no steps and no noise.
       noise: noise that was drawn elsewhere, for the networks that shall not draw their
         own from the seed: {"prior": [steps, n, d], "decoder": [steps, n, h, w, 3],
         "upsampler": ([steps, n, h, w, 3],)}, n pictures in all. Entry 0 is x_T, entry k
@@ -69,7 +77,9 @@ def text_to_image(
         raise UserError(f"best_of={best_of}: must be at least num={num}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     settings = Settings(size, steps or {}, guidance or {}, noise or {})
-    model, request = of_prompts(model, prompts, seed, made, settings, negative_prompt)
+    model, request = of_prompts(
+        model, prompts, seed, made, settings, negative_prompt, prior
+    )
     pictures = cascade(model, request, progress)
     if best_of is None:
         return pictures
@@ -85,6 +95,7 @@ def stream(
     seed: int = 0,
     num: int = 1,
     size: int | None = None,
+    prior: str | None = None,
     steps: Mapping[str, Any] | None = None,
     guidance: Mapping[str, float] | None = None,
     negative_prompt: str = "",
@@ -97,7 +108,9 @@ def stream(
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     settings = Settings(size, steps or {}, guidance or {}, {})
-    model, request = of_prompts(model, prompts, seed, num, settings, negative_prompt)
+    model, request = of_prompts(
+        model, prompts, seed, num, settings, negative_prompt, prior
+    )
     for stage, rows, x in run(model, request):
         if stage != "prior":
             rows = np.unique(rows)
@@ -121,6 +134,7 @@ class Request(NamedTuple):
       null: of the caption that guidance leads away from.
       keys: what their noise follows from.
       z_image: their image embeddings; None leaves them to the prior.
+      prior: which one, as of `text_to_image`.
       given: noise that networks shall not draw from the keys, by network.
       start: the decoder's x_T; None draws it.
       known: a picture in [-1, 1] of the largest side and a mask, 1 where it is to be
@@ -131,6 +145,7 @@ class Request(NamedTuple):
     null: Int[np.ndarray, "1 l"]
     keys: Key[Array, " n"]
     z_image: Float[np.ndarray, "n d"] | None = None
+    prior: str | None = None
     given: Mapping[str, Float[np.ndarray, "steps n ..."]] = {}
     start: Float[np.ndarray, "n h w 3"] | None = None
     known: tuple[Float[np.ndarray, "1 s s 3"], Float[np.ndarray, "1 s s 1"]] | None = (
@@ -145,19 +160,26 @@ def of_prompts(
     num: int,
     settings: Settings,
     negative_prompt: str = "",
+    prior: str | None = None,
 ) -> tuple[Model, Request]:
     """The model with the settings, and the request for ``num`` of each prompt."""
-    require(model, "tokenizer", "clip", "prior", "decoder")
+    require(model, "tokenizer", "clip", "decoder")
+    prior = _which_prior(model, prior)
     check_prompts(prompts)
     check(num, seed)
-    model = set_all(model, settings, STAGES)
+    if prior == "autoregressive":
+        model = model._replace(prior=model.ar_prior)
+    diffused = STAGES if prior == "diffusion" else STAGES[1:]
+    guided = STAGES[:2] if prior in ("diffusion", "autoregressive") else STAGES[1:2]
+    model = set_all(model, settings, diffused, guided)
     tokens = tokenize(model, prompts).repeat(num, axis=0)
     count = len(tokens)
     return model, Request(
         tokens=tokens,
         null=tokenize(model, [negative_prompt]),
         keys=picture_keys(seed, count),
-        given=given_noise(model, settings.noise, count, STAGES),
+        prior=prior,
+        given=given_noise(model, settings.noise, count, diffused),
     )
 
 
@@ -206,9 +228,12 @@ def run(
         null = encode_caption(model.clip, jnp.broadcast_to(request.null, words.shape))
         if request.z_image is not None:
             z = place(request.z_image[rows])
+        elif request.prior == "none":
+            z = caption.z_text
+        elif request.prior == "caption":
+            z = None
         else:
-            mean, std = jnp.asarray(model.z_image_mean), jnp.asarray(model.z_image_std)
-            z = sample_prior(model.prior, caption, null, randomness("prior"), mean, std)
+            z = _embed(model, request.prior, caption, null, randomness("prior"))
             # Waits, so that no two networks are on the devices if they are offloaded.
             yield "prior", rows, z.block_until_ready()
         start = None if request.start is None else place(request.start[rows])
@@ -246,6 +271,18 @@ def _known(request: Request, size: int) -> tuple[Array, Array] | None:
     return image.resize(picture, size), (covered > 1e-6).astype(jnp.float32)
 
 
+def _embed(
+    model: Model, prior: str, caption: Caption, null: Caption, randomness: Array
+) -> Float[Array, "b d"]:
+    """z_image of captions by one of the priors."""
+    if prior == "autoregressive":
+        return sample_ar_prior(model.prior, caption, null, randomness, model.codes)
+    mean, std = jnp.asarray(model.z_image_mean), jnp.asarray(model.z_image_std)
+    analytic = model.prior.sampling["variance"] == "analytic"
+    error = jnp.asarray(model.x0_error) if analytic else None
+    return sample_prior(model.prior, caption, null, randomness, mean, std, error)
+
+
 def picture_keys(seed: int, count: int) -> Key[Array, " count"]:
     """A key for each picture, which depends on the seed and its number only."""
     return jax.vmap(jax.random.fold_in, (None, 0))(
@@ -257,6 +294,7 @@ def picture_keys(seed: int, count: int) -> Key[Array, " count"]:
 # network, so that a different number of steps in one leaves the others' noise alone.
 
 _PRIOR, _DECODER, _UPSAMPLER = range(3)
+_CANDIDATES = 3  # an upsampler's number is larger: its pictures' side is added
 
 Randomness = Key[Array, " b"] | Float[Array, "b steps ..."]
 Known = tuple[Float[Array, "1 h w 3"], Float[Array, "1 h w 1"]]
@@ -270,6 +308,35 @@ def _draw(randomness: Randomness, network: int, shape: tuple[int, ...]) -> sampl
     return sample.gaussian(keys, shape)
 
 
+def _best(
+    draw: Callable[[Caption, Caption, Randomness], Float[Array, "n d"]],
+    caption: Caption,
+    null: Caption,
+    randomness: Randomness,
+    candidates: int,
+) -> Float[Array, "b d"]:
+    """Of as many embeddings of each caption the one that fits it best (section 2.2).
+
+    That is the one with the larger dot product with z_text, of unit vectors as CLIP
+    compares them. The first has the picture's own key, whatever their number.
+    """
+    if candidates == 1:
+        return draw(caption, null, randomness)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(randomness, _CANDIDATES)
+    others = [
+        jax.vmap(jax.random.fold_in, (0, None))(keys, k) for k in range(1, candidates)
+    ]
+    # A picture's candidates stay together on its device.
+    keys = jnp.stack([randomness, *others], axis=1).reshape(-1)
+    caption, null = jax.tree.map(
+        lambda x: jnp.repeat(x, candidates, axis=0), (caption, null)
+    )
+    z = draw(caption, null, keys)
+    fit = cosine(z, caption.z_text).reshape(-1, candidates)
+    z = z.reshape(-1, candidates, z.shape[-1])
+    return jnp.take_along_axis(z, fit.argmax(-1)[:, None, None], axis=1)[:, 0]
+
+
 @jit
 def sample_prior(
     prior: Part,
@@ -278,32 +345,69 @@ def sample_prior(
     randomness: Randomness,
     mean: Float[Array, " d"],
     std: Float[Array, " d"],
+    x0_error: Float[Array, " t"] | None = None,
 ) -> Float[Array, "b d"]:
     """z_image of captions; ``null`` is the empty caption, for guidance.
 
     ``randomness`` is a key for each, or the noise itself (see `text_to_image`).
+    ``x0_error`` is for the analytic variance: see diffusion.generate.
     """
 
     def apply(x_t: Array, t: Array, caption: Caption) -> Array:
         conditions = caption.z_text, caption.states, caption.mask
         return prior.network.apply({"params": prior.params}, x_t, t, *conditions)
 
-    draw = _draw(randomness, _PRIOR, mean.shape)
-    z = generate.generate(apply, caption, null, draw, prior.diffusion, prior.sampling)
-    return z * std + mean
+    def draw(caption: Caption, null: Caption, randomness: Randomness) -> Array:
+        z = generate.generate(
+            apply,
+            caption,
+            null,
+            _draw(randomness, _PRIOR, mean.shape),
+            prior.diffusion,
+            prior.sampling,
+            x0_error=x0_error,
+        )
+        return z * std + mean
+
+    return _best(draw, caption, null, randomness, prior.sampling["candidates"])
+
+
+@jit
+def sample_ar_prior(
+    prior: Part,
+    caption: Caption,
+    null: Caption,
+    keys: Key[Array, " b"],
+    codes: Codes,
+) -> Float[Array, "b d"]:
+    """z_image of captions by the autoregressive prior; a key for each."""
+
+    def draw(caption: Caption, null: Caption, keys: Key[Array, " n"]) -> Array:
+        drawn = ar_prior.sample(
+            prior.network,
+            prior.params,
+            caption,
+            null,
+            jax.vmap(jax.random.fold_in, (0, None))(keys, _PRIOR),
+            guidance=prior.sampling["guidance"],
+            temperature=prior.sampling["temperature"],
+        )
+        return decode(codes, drawn, prior.network.buckets)
+
+    return _best(draw, caption, null, keys, prior.sampling["candidates"])
 
 
 @jit
 def sample_decoder(
     decoder: Part,
-    z_image: Float[Array, "b d"],
+    z_image: Float[Array, "b d"] | None,
     caption: Caption,
     null: Caption,
     randomness: Randomness,
     start: Float[Array, "b h w 3"] | None = None,
     known: Known | None = None,
 ) -> Float[Array, "b h w 3"]:
-    """Pictures in [-1, 1] of image embeddings and captions.
+    """Pictures in [-1, 1] of image embeddings (None: without) and captions.
 
     ``start`` takes the place of x_T, ``known`` is what is to stay of a picture.
     """
@@ -331,9 +435,15 @@ def invert_decoder(
 
 
 def _conditional(
-    decoder: Part, z_image: Array, caption: Caption, null: Caption, known: Known | None
+    decoder: Part,
+    z_image: Array | None,
+    caption: Caption,
+    null: Caption,
+    known: Known | None,
 ) -> tuple[generate.Apply, Context, Context]:
     """The decoder as `generate` takes it, with its two conditions."""
+    shown = z_image is not None
+    z_image = z_image if shown else jnp.zeros_like(caption.z_text)
     variables = {"params": decoder.params}
 
     def context(has_image: bool, caption: Caption) -> Context:
@@ -347,7 +457,7 @@ def _conditional(
             x_t = with_known(x_t, known)
         return decoder.network.apply(variables, x_t, t, context, method="denoise")
 
-    return apply, context(True, caption), context(False, null)
+    return apply, context(shown, caption), context(False, null)
 
 
 @jit
@@ -387,11 +497,40 @@ def sample_upsampler(
 STAGES = ("prior", "decoder", "upsampler")
 
 
-def set_all(model: Model, settings: Settings, allowed: Sequence[str]) -> Model:
-    """The model with the settings, but for the noise; checks that they fit it."""
-    model = _set(_cut(model, settings.size), "steps", settings.steps, allowed)
-    guided = [name for name in allowed if name != "upsampler"]
+def set_all(
+    model: Model, settings: Settings, steps: Sequence[str], guided: Sequence[str]
+) -> Model:
+    """The model with the settings, but for the noise; checks that they fit it.
+
+    ``steps`` and ``guided`` are the networks that have steps and guidance.
+    """
+    model = _set(_cut(model, settings.size), "steps", settings.steps, steps)
     return _set(model, "guidance", settings.guidance, guided)
+
+
+def _which_prior(model: Model, prior: str | None) -> str:
+    """The prior asked for, or the first that the model has."""
+    parts = {"diffusion": model.prior, "autoregressive": model.ar_prior}
+    has = [name for name, part in parts.items() if part is not None]
+    if prior is None:
+        if not has:
+            require(model, "prior")
+        prior = has[0]
+    if prior not in (*has, "none", "caption"):
+        raise UserError(
+            f"prior={prior!r}: the model {model.path} has {', '.join(has) or 'none'}; "
+            f"choose one of {', '.join([*has, 'none', 'caption'])}"
+        )
+    if (
+        prior == "diffusion"
+        and model.prior.sampling["variance"] == "analytic"
+        and model.x0_error is None
+    ):
+        raise UserError(
+            f"the prior of {model.path} is to be sampled with analytic variance, which "
+            "hasn't been measured: run python -m dalle2_jax.analytic"
+        )
+    return prior
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -482,6 +621,11 @@ def given_noise(
         for part, array in zip(parts, arrays, strict=True):
             array = np.asarray(array, np.float32)
             steps = _table(part, part.sampling["steps"]).steps
+            if name == "prior" and part.sampling["candidates"] != 1:
+                raise UserError(
+                    f"noise of a prior with candidates={part.sampling['candidates']}: "
+                    "it must have 1"
+                )
             side = (part.size, part.size, 3)
             shape = (part.network.clip_dim,) if name == "prior" else side
             if array.shape != (steps, count, *shape):

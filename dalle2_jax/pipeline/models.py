@@ -17,7 +17,9 @@ from dalle2_jax import checkpoint
 from dalle2_jax.data import tokenizer
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import abstract
+from dalle2_jax.nn.ar_prior import ARPrior
 from dalle2_jax.nn.clip import CLIP
+from dalle2_jax.nn.codes import Codes
 from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.nn.unet import UNet
@@ -53,6 +55,8 @@ class Model(NamedTuple):
       path: where it came from.
       upsamplers: from the smallest to the largest.
       z_image_mean, z_image_std: [d], the space in which the prior works.
+      x0_error: [timesteps], the prior's measured error, for its analytic variance.
+      codes: what the autoregressive prior writes.
       devices: the mesh over which pictures are spread.
     """
 
@@ -60,10 +64,13 @@ class Model(NamedTuple):
     tokenizer: tokenizer.Tokenizer | None
     clip: Part | None
     prior: Part | None
+    ar_prior: Part | None
     decoder: Part | None
     upsamplers: tuple[Part, ...]
     z_image_mean: Any
     z_image_std: Any
+    x0_error: Any
+    codes: Codes | None
     devices: Mesh
 
     @property
@@ -73,7 +80,12 @@ class Model(NamedTuple):
         return tuple(part.size for part in parts if part is not None)
 
 
-_NETWORKS = {"clip": CLIP, "prior": DiffusionPrior, "decoder": Decoder}
+_NETWORKS = {
+    "clip": CLIP,
+    "prior": DiffusionPrior,
+    "ar_prior": ARPrior,
+    "decoder": Decoder,
+}
 
 
 def mesh() -> Mesh:
@@ -134,10 +146,13 @@ def assemble(
         tokenizer=tokenizer.load(text) if text else None,
         clip=parts.get("clip"),
         prior=parts.get("prior"),
+        ar_prior=parts.get("ar_prior"),
         decoder=parts.get("decoder"),
         upsamplers=tuple(sorted(upsamplers, key=lambda part: part.size)),
         z_image_mean=model.statistics.get("z_image_mean"),
         z_image_std=model.statistics.get("z_image_std"),
+        x0_error=model.statistics.get("prior_x0_error"),
+        codes=_codes(model, path),
         devices=devices,
     )
 
@@ -170,6 +185,18 @@ def batches(count: int, devices: int, most: int) -> Iterator[np.ndarray]:
     batch = min(most * devices, -(-count // devices) * devices)
     for start in range(0, count, batch):
         yield np.minimum(np.arange(start, start + batch), count - 1)
+
+
+def _codes(model: checkpoint.Export, path: str) -> Codes | None:
+    if "ar_prior" not in model.params:
+        return None
+    stored = model.statistics.get("ar_prior")
+    if stored is None:
+        raise UserError(
+            f"the model {path} has no statistics of its ar_prior, without which its "
+            "codes can't be read: export it again"
+        )
+    return Codes(*(stored[name] for name in Codes._fields))
 
 
 def _part(

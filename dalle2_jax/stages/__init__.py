@@ -2,13 +2,14 @@
 
 from ml_collections import ConfigDict
 
-from dalle2_jax.stages import clip, decoder, prior, upsampler
+from dalle2_jax.stages import ar_prior, clip, decoder, prior, upsampler
 from dalle2_jax.stages.finetune import hold_params, train_only
 from dalle2_jax.stages.stage import Stage, dtype_of
 
 MAKE = {
     "clip": clip.make,
     "prior": prior.make,
+    "ar_prior": ar_prior.make,
     "decoder": decoder.make,
     "upsampler": upsampler.make,
 }

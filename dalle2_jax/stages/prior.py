@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
 from dalle2_jax.data import image
-from dalle2_jax.diffusion import generate, sample, schedule
+from dalle2_jax.diffusion import generate, guide, process, sample, schedule
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn.clip import cosine
 from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
@@ -24,6 +25,7 @@ from dalle2_jax.stages.stage import (
     dtype_of,
     encode_caption,
     encode_image,
+    float32,
     load_base,
     make_batches,
 )
@@ -129,12 +131,6 @@ def make(config: ConfigDict) -> Stage:
     )
 
 
-def cosine(a: Float[Array, "b d"], b: Float[Array, "b d"]) -> Float[Array, " b"]:
-    """Cosine of the angle between the vectors of each pair."""
-    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-    return jnp.sum(a * b, axis=-1) / norms
-
-
 def stored_statistics(
     model: checkpoint.Export, where: str
 ) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
@@ -163,3 +159,71 @@ def embedding_statistics(
         seen.append(np.asarray(encode(params, next(batches)["clip_image"]), np.float64))
     z = np.concatenate(seen)
     return jnp.float32(z.mean(0)), jnp.float32(z.std(0))
+
+
+def measure_x0_error(
+    config: ConfigDict, examples: int
+) -> tuple[checkpoint.Export, Float[np.ndarray, " t"]]:
+    """E‖x0 - x̂0‖² / d of a model's prior at each timestep, on the training set.
+
+    For process.analytic_log_variance. The prior has the captions, and no guidance.
+
+    Args:
+      config: of the prior's stage; ``init_from`` is the model.
+      examples: how many pictures; whole batches are read.
+
+    Returns:
+      The model, and the errors, float32.
+
+    Raises:
+      UserError: the model has no prior, or none of its statistics.
+    """
+    base = load_base(config)
+    clip, model = base.clip, base.model
+    if "prior" not in model.params:
+        raise UserError(
+            f"the model {config.init_from} has no prior, only "
+            f"{', '.join(sorted(model.params))}: train configs/prior.py"
+        )
+    part = model.config["parts"]["prior"]
+    network = DiffusionPrior(**part["net"], dtype=dtype_of(config))
+    mean, std = stored_statistics(base.origin, config.init_from)
+    diffusion, limit = part["diffusion"], part["sampling"]["clip"]
+    table = schedule.make(diffusion["schedule"], diffusion["steps"])
+    batches = make_batches(
+        config, {"clip_image": clip.image_size}, base.text, clip.context_length
+    )("train", 0, whole=True)
+
+    @jax.jit
+    def errors(params: Any, clip_params: Any, batch: Batch, key: Array) -> Array:
+        caption = encode_caption(clip, clip_params, batch["tokens"])
+        z_image = encode_image(clip, clip_params, image.to_float(batch["clip_image"]))
+        x0 = (z_image - mean) / std
+
+        def apply(x_t: Array, t: Array) -> Array:
+            conditions = caption.z_text, caption.states, caption.mask
+            return network.apply({"params": params}, x_t, t, *conditions)
+
+        denoise = guide.denoiser(
+            apply,
+            table,
+            predict=diffusion["predict"],
+            variance=diffusion["variance"],
+            transform=None if limit is None else guide.clip_x0(limit),
+        )
+
+        def error(i: Array) -> Array:
+            eps = jax.random.normal(jax.random.fold_in(key, i), x0.shape)
+            x_t = process.q_sample(table, x0, i, eps)
+            return jnp.mean((denoise(x_t, i).x0 - x0) ** 2)
+
+        return jax.lax.map(error, jnp.arange(table.steps))
+
+    params = float32(model.params["prior"])
+    found = []
+    for k in range(-(-examples // config.batch_size)):
+        batch = next(batches)
+        given = {name: batch[name] for name in ("clip_image", "tokens")}
+        key = jax.random.fold_in(jax.random.key(config.seed), k)
+        found.append(np.asarray(errors(params, base.clip_params, given, key)))
+    return model, np.mean(found, axis=0)

@@ -131,7 +131,7 @@ def add_part(
     config: Mapping[str, Any],
     params: Any,
     text: tokenizer.Tokenizer | None,
-    statistics: Mapping[str, np.ndarray] | None = None,
+    statistics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The base model with one part added or replaced, as checkpoint.export takes it."""
     base = base or checkpoint.Export({"parts": {}}, {}, None, {})
