@@ -105,7 +105,7 @@ SIZES = {
         "loop": dict(steps=9000, batch_size=512, dtype="bfloat16"),
         "optim": dict(name="muon", warmup=200),
         "diffusion": _DIFFUSION,
-        "sampling": dict(steps=50, guidance=2.0),
+        "sampling": dict(steps=25, guidance=2.0),
         "drop_caption": 0.3,
     },
     "paper": {

@@ -33,7 +33,7 @@ PARAMETERS = {
     ("clip", "vit_l_14"): 427_616_513,
     ("prior", "tiny"): 32_736,
     ("prior", "small"): 896_128,
-    ("prior", "base"): 0,
+    ("prior", "base"): 2_848_256,
     ("prior", "paper"): 1_225_925_632,
     ("prior", "karlo"): 1_022_028_544,
     ("prior", "karlo_lean"): 1_022_028_544,

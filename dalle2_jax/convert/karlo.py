@@ -162,7 +162,7 @@ def _read_prior(folder: Path, place: checkpoint.Place) -> Made:
     )
     # Steps and guidance are the defaults of the pipelines, here and below.
     settings = _settings(folder / "prior_scheduler", 25, 4.0)
-    settings["sampling"] |= {"candidates": 1, "variance": None}
+    settings["sampling"] |= {"candidates": 1, "variance": None, "last_std": 0.0}
     return {"net": net, **settings}, params
 
 

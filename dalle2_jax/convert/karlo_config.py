@@ -358,6 +358,7 @@ def check_shape(parts: Mapping[str, Any]) -> None:
             ("prior.activation", prior.activation, "gelu"),
             ("prior.text_width", prior.text_width, prior.clip_dim),
             ("prior.variance", parts["prior"]["sampling"]["variance"], None),
+            ("prior.last_std", parts["prior"]["sampling"]["last_std"], 0.0),
         ]
     for name in ("prior", "decoder", names[0]):
         if name in parts:

@@ -214,7 +214,10 @@ def square_mask(
 
 
 def on_canvas(
-    picture: Image.Image, size: int, times: float, place: tuple[float, float]
+    picture: Image.Image,
+    size: int,
+    times: float,
+    place: tuple[float | int, float | int],
 ) -> tuple[UInt8[np.ndarray, "{size} {size} 3"], Bool[np.ndarray, "{size} {size}"]]:
     """A whole picture on a square canvas, and where the canvas is empty.
 

@@ -18,6 +18,7 @@ An upsampler's settings say also, for who calls `generate`:
 and a prior's:
 
     variance    "analytic" for `generate` with x0_error, or None for that of `diffusion`
+    last_std    deviation of noise that is added to x0 in the end; 0 for none
     candidates  embeddings for each picture, of which the one that fits best is kept
 """
 

@@ -38,7 +38,7 @@ REPEATS = 4  # how often RePaint takes a step
 
 DECODING = generate.STAGES[1:], generate.STAGES[1:2]  # have steps, have guidance
 
-Pictures = UInt8[np.ndarray, "n h w 3"]
+Pictures = UInt8[np.ndarray, "frames side side 3"]
 
 
 class Latent(NamedTuple):
@@ -87,7 +87,7 @@ def decode(
     z: Float[np.ndarray, "n d"],
     x_T: Float[np.ndarray, "n h w 3"] | None = None,
     *,
-    eta: float = 0.0,
+    eta: float | int = 0.0,
     seed: int = 0,
     size: int | None = None,
     steps: Mapping[str, Any] | None = None,
@@ -128,7 +128,7 @@ def variations(
     *,
     seed: int = 0,
     num: int = 1,
-    eta: float | None = None,
+    eta: float | int | None = None,
     size: int | None = None,
     steps: Mapping[str, Any] | None = None,
     guidance: Mapping[str, float] | None = None,
@@ -170,7 +170,7 @@ def interpolate(
     other: Any,
     *,
     frames: int = 8,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | int] | None = None,
     shared_noise: bool = False,
     seed: int = 0,
     **settings: Any,
@@ -204,7 +204,7 @@ def blend(
     model: Model,
     pictures: Sequence[Any] = (),
     prompts: Sequence[str] = (),
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | int] | None = None,
     *,
     num: int = 1,
     seed: int = 0,
@@ -256,7 +256,7 @@ def text_diff(
     prompt_from: str,
     prompt: str,
     *,
-    theta: float | Sequence[float] = 0.5,
+    theta: float | int | Sequence[float | int] = 0.5,
     frames: int = 5,
     seed: int = 0,
     **settings: Any,
@@ -298,7 +298,7 @@ def img2img(
     picture: Any,
     prompt: str,
     *,
-    strength: float = 0.7,
+    strength: float | int = 0.7,
     seed: int = 0,
     num: int = 1,
     size: int | None = None,
@@ -388,8 +388,8 @@ def outpaint(
     picture: Any,
     prompt: str,
     *,
-    extend: float = 0.5,
-    place: tuple[float, float] = (0.5, 0.5),
+    extend: float | int = 0.5,
+    place: tuple[float | int, float | int] = (0.5, 0.5),
     seed: int = 0,
     num: int = 1,
     size: int | None = None,
@@ -447,7 +447,7 @@ def embed(
 def slerp(
     a: Float[np.ndarray, "..."],
     b: Float[np.ndarray, "..."],
-    t: Sequence[float] | Float[np.ndarray, " n"],
+    t: Sequence[float | int] | Float[np.ndarray, " n"],
 ) -> Float[np.ndarray, "n ..."]:
     """Spherical interpolation of two arrays, seen as vectors (Shoemake 1985).
 
@@ -486,12 +486,12 @@ def mean_direction(
 # What the edits share
 
 
-def _deterministic(model: Model, settings: Settings, eta: float = 0.0) -> Model:
+def _deterministic(model: Model, settings: Settings, eta: float | int = 0.0) -> Model:
     """The model with its decoder sampled by DDIM, as inversion needs it."""
     ddim = {"sampler": "ddim", "eta": eta, "steps": STEPS, "guidance": 1.0}
     part = model.decoder
     part = part.replace(sampling=part.sampling.copy(ddim | {"clip": None}))
-    return generate.set_all(model._replace(decoder=part), settings, generate.STAGES[1:])
+    return generate.set_all(model._replace(decoder=part), settings, *DECODING)
 
 
 def _decode(
@@ -499,7 +499,7 @@ def _decode(
     settings: Settings,
     z: np.ndarray,
     x_T: np.ndarray,
-    eta: float,
+    eta: float | int,
     keys: Array,
     progress: Progress | None,
 ) -> Pictures:

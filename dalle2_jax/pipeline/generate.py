@@ -297,7 +297,7 @@ _PRIOR, _DECODER, _UPSAMPLER = range(3)
 _CANDIDATES = 3  # an upsampler's number is larger: its pictures' side is added
 
 Randomness = Key[Array, " b"] | Float[Array, "b steps ..."]
-Known = tuple[Float[Array, "1 h w 3"], Float[Array, "1 h w 1"]]
+Known = tuple[Float[Array, "1 side side 3"], Float[Array, "1 side side 1"]]
 
 
 def _draw(randomness: Randomness, network: int, shape: tuple[int, ...]) -> sample.Draw:
@@ -358,15 +358,20 @@ def sample_prior(
         return prior.network.apply({"params": prior.params}, x_t, t, *conditions)
 
     def draw(caption: Caption, null: Caption, randomness: Randomness) -> Array:
+        noise = _draw(randomness, _PRIOR, mean.shape)
         z = generate.generate(
             apply,
             caption,
             null,
-            _draw(randomness, _PRIOR, mean.shape),
+            noise,
             prior.diffusion,
             prior.sampling,
             x0_error=x0_error,
         )
+        # p(x_0 | x_1) has a variance, too, which the eye does not see in a picture.
+        if prior.sampling["last_std"]:
+            steps = generate.levels(prior.diffusion, prior.sampling).steps
+            z = z + prior.sampling["last_std"] * noise(steps)
         return z * std + mean
 
     return _best(draw, caption, null, randomness, prior.sampling["candidates"])
@@ -621,11 +626,12 @@ def given_noise(
         for part, array in zip(parts, arrays, strict=True):
             array = np.asarray(array, np.float32)
             steps = _table(part, part.sampling["steps"]).steps
-            if name == "prior" and part.sampling["candidates"] != 1:
-                raise UserError(
-                    f"noise of a prior with candidates={part.sampling['candidates']}: "
-                    "it must have 1"
-                )
+            for setting, plain in {"candidates": 1, "last_std": 0}.items():
+                if name == "prior" and part.sampling[setting] != plain:
+                    raise UserError(
+                        f"noise of a prior with {setting}={part.sampling[setting]}: "
+                        f"it must have {plain}"
+                    )
             side = (part.size, part.size, 3)
             shape = (part.network.clip_dim,) if name == "prior" else side
             if array.shape != (steps, count, *shape):
