@@ -5,6 +5,7 @@
 
 tiny        for tests: 16 px.
 small       a laptop: 32 px.
+small_inpaint  the same, which is also shown a part of the picture: it can inpaint.
 base        minutes on a GPU: 32 px, the bundled model.
 paper       the 3.5B decoder of Table 3 of arXiv 2204.06125: 64 px.
 karlo       Karlo's, to be fine-tuned: --config.init_from=MODEL, a converted Karlo.
@@ -44,6 +45,28 @@ _KARLO = {
     "drop_caption": 0.5,
 }
 
+_SMALL = {
+    "size": 32,
+    "unet": dict(
+        channels=48,
+        multipliers=(1, 2),
+        blocks=1,
+        out_channels=3,
+        attention_levels=(1,),
+        head_channels=48,
+        dropout=0.0,
+        groups=8,
+        patch_size=2,
+    ),
+    "text_encoder": None,
+    "context_width": 128,
+    "loop": dict(steps=7000, batch_size=32),
+    "optim": dict(name="muon", warmup=200),
+    "diffusion": _DIFFUSION,
+    "sampling": dict(steps=50, guidance=2.0),
+    "drop_caption": 0.3,
+}
+
 SIZES = {
     "tiny": {
         "size": 16,
@@ -66,27 +89,8 @@ SIZES = {
         "sampling": dict(steps=4, guidance=2.0),
         "drop_caption": 0.5,
     },
-    "small": {
-        "size": 32,
-        "unet": dict(
-            channels=48,
-            multipliers=(1, 2),
-            blocks=1,
-            out_channels=3,
-            attention_levels=(1,),
-            head_channels=48,
-            dropout=0.0,
-            groups=8,
-            patch_size=2,
-        ),
-        "text_encoder": None,
-        "context_width": 128,
-        "loop": dict(steps=7000, batch_size=32),
-        "optim": dict(name="muon", warmup=200),
-        "diffusion": _DIFFUSION,
-        "sampling": dict(steps=50, guidance=2.0),
-        "drop_caption": 0.3,
-    },
+    "small": _SMALL,
+    "small_inpaint": {**_SMALL, "in_channels": 7},
     "base": {
         "size": 32,
         "unet": dict(
@@ -154,9 +158,9 @@ def get_config(size: str = "small") -> ConfigDict:
 
     config.net = ConfigDict()
     config.net.unet = ConfigDict(values["unet"])
-    config.net.unet.in_channels = 3
+    config.net.unet.in_channels = values.get("in_channels", 3)
     config.net.unet.scale_shift = True
-    config.net.unet.remat = size not in ("tiny", "small", "base")
+    config.net.unet.remat = size not in ("tiny", "small", "small_inpaint", "base")
     config.net.context_width = values["context_width"]
     config.net.image_tokens = 4
     config.net.text_encoder = placeholder(ConfigDict)  # None: CLIP's text states

@@ -89,8 +89,8 @@ def get_config(size: str = "small") -> ConfigDict:
     config.sampling = sampling(**{"clip": 10.0, **values["sampling"]})
     # Embeddings for each picture, of which the one that fits its caption best is kept.
     config.sampling.candidates = 2 if size == "paper" else 1
-    # Small priors leave out what is finest in an embedding, where decoders look for it.
-    config.sampling.last_std = 0.1 if size in ("small", "base") else 0.0
+    # This one leaves out what is finest in an embedding, and its decoder looks for it.
+    config.sampling.last_std = 0.1 if size == "base" else 0.0
     # python -m dalle2_jax.analytic makes it "analytic", as the paper's, once trained.
     config.sampling.variance = placeholder(str)
     config.drop_caption = 0.1

@@ -239,3 +239,28 @@ def test_clip_sees_what_transformers_shows_it(shape):
     ours = image.clip_input(picture, 24)[None]
     normal = image.clip_normalize(image.to_float(jnp.asarray(ours)))
     np.testing.assert_allclose(normal, theirs.transpose(0, 2, 3, 1), atol=1e-5)
+
+
+def test_masks_are_read_from_pictures_and_arrays():
+    white = np.zeros((4, 6), np.uint8)
+    white[1, 2] = 200
+    for source in (white, white >= 128, Image.fromarray(white)):
+        np.testing.assert_array_equal(image.read_mask(source), white > 0)
+    with pytest.raises(UserError, match="bool or uint8"):
+        image.read_mask(np.zeros((4, 4)))
+
+
+def test_a_smaller_mask_has_every_pixel_that_it_touches():
+    mask = np.zeros((8, 12), bool)  # its middle square is columns 2 to 10
+    mask[3, 4] = True
+    expected = np.zeros((4, 4), bool)
+    expected[1, 1] = True
+    np.testing.assert_array_equal(image.square_mask(mask, 4), expected)
+    assert image.square_mask(mask, 3).sum() == 2  # its column is cut at 8/3
+
+
+def test_a_canvas_holds_the_whole_picture():
+    picture = Image.new("RGB", (40, 20), (9, 8, 7))
+    canvas, empty = image.on_canvas(picture, 32, 2.0, (1.0, 0.0))
+    assert canvas.shape == (32, 32, 3) and (~empty).sum() == 16 * 8
+    assert not empty[:8, 16:].any() and (canvas[:8, 16:] == (9, 8, 7)).all()

@@ -482,3 +482,45 @@ def test_analytic_variance_gives_the_datas_own_in_few_steps(steps):
     small = oracle(table)
     _, less = moments(table, lambda x, draw: sample.ddpm(small, table, x, draw))
     assert less < 0.95 * variance
+
+
+def test_repaint_agrees_with_what_is_known():
+    """Of two correlated numbers the first is known: the other's mean is then rho · it.
+
+    The denoiser knows the Gaussian, but not what is known; with more repeats the two
+    agree better (RePaint, section 4.2).
+    """
+    rho, known = 0.9, 1.5
+    table = schedule.respace(schedule.make("cosine"), 20)
+    covariance = jnp.array([[1.0, rho], [rho, 1.0]])
+
+    def denoise(x, i):
+        a = jnp.asarray(table.alpha_bar, jnp.float32)[i]
+        gain = (
+            jnp.sqrt(a)
+            * covariance
+            @ jnp.linalg.inv(a * covariance + (1 - a) * jnp.eye(2))
+        )
+        variance = jnp.asarray(table.posterior_log_variance, jnp.float32)[i]
+        return sample.Prediction(x @ gain.T, variance)
+
+    held = guide.keep_known(denoise, jnp.array([known, 0.0]), jnp.array([0.0, 1.0]))
+    draw = sample.gaussian(jax.random.split(jax.random.key(0), 2000), (2,))
+    errors = []
+    for repeats in (1, 8):
+        x = sample.repaint(held, table, draw(0), draw, repeats)
+        np.testing.assert_array_equal(x[:, 0], np.float32(known))
+        errors.append(abs(float(x[:, 1].mean()) - rho * known))
+    assert errors[1] < 0.1 and errors[1] < errors[0] / 2
+
+
+def test_repaint_once_is_ancestral_sampling_but_for_its_noise():
+    table = schedule.respace(schedule.make("cosine"), 5)
+
+    def denoise(x, i):
+        return sample.Prediction(0.5 * x, jnp.float32(-1e9))  # no noise
+
+    x = jnp.ones((2, 3))
+    draw = sample.replay(jnp.zeros((20, 2, 3)))
+    expected = sample.ddpm(denoise, table, x, draw)
+    np.testing.assert_allclose(sample.repaint(denoise, table, x, draw), expected)

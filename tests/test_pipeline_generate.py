@@ -171,3 +171,33 @@ def test_what_cannot_be_varied_is_refused(model, settings, message):
         dalle2_jax.variations(model, np.zeros((8, 8, 3), np.uint8), **settings)
     with pytest.raises(UserError, match="2 pictures: give one"):
         dalle2_jax.variations(model, np.zeros((2, 8, 8, 3), np.uint8))
+
+
+def test_the_stream_ends_in_the_pictures(model):
+    given = list(dalle2_jax.stream(model, [RED, BLUE], num=2, seed=1))
+    assert [(stage, p.shape) for stage, p in given] == [
+        ("decoder", (4, 16, 16, 3)),
+        ("upsampler 32", (4, 32, 32, 3)),
+    ]
+    pictures = dalle2_jax.text_to_image(model, [RED, BLUE], num=2, seed=1)
+    np.testing.assert_array_equal(given[-1][1], pictures)
+
+
+def test_the_best_of_several_are_those_that_clip_likes(model):
+    made = dalle2_jax.text_to_image(model, [RED, BLUE], num=4)
+    best = dalle2_jax.text_to_image(model, [RED, BLUE], num=2, best_of=4)
+    for k, prompt in enumerate((RED, BLUE)):
+        scores = dalle2_jax.clip_score(model, made[4 * k : 4 * k + 4], [prompt] * 4)
+        order = np.argsort(-scores)[:2]
+        assert_same_pictures(best[2 * k : 2 * k + 2], made[4 * k : 4 * k + 4][order])
+    with pytest.raises(UserError, match="best_of=1: must be at least num=2"):
+        dalle2_jax.text_to_image(model, RED, num=2, best_of=1)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(model):
+    def draw(**settings):
+        return dalle2_jax.text_to_image(model, RED, **settings)
+
+    assert (draw(negative_prompt=BLUE) != draw()).any()
+    alone = {"guidance": {"prior": 1.0, "decoder": 1.0}}  # then nothing leads away
+    np.testing.assert_array_equal(draw(negative_prompt=BLUE, **alone), draw(**alone))

@@ -99,6 +99,12 @@ def test_data_that_train_refuses(tmp_path, prepare, message):
         (["--prompt=a", "--steps=decoder=fast"], "fast"),
         (["--prompt=a", "--guidance=prior=high"], "'high'"),
         (["--prompt=a", "--num=many"], "many"),
+        (["--prompt=a", "--mask=b.png"], "text_to_image takes no --mask"),
+        (["--task=variations"], "--task=variations needs --image=FILE"),
+        (["--task=interpolate", "--image=a.png"], "needs --image2=FILE"),
+        (["--task=text_diff", "--image=a", "--prompt=b"], "needs --prompt_from"),
+        (["--task=reconstruct", "--image=a.png"], "there is no file a.png"),
+        (["--task=dream"], "dream"),
     ],
 )
 def test_flags_that_sample_refuses(arguments, message, tiny_models, tmp_path):

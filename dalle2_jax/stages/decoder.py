@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
-from dalle2_jax.nn.decoder import Decoder
+from dalle2_jax.nn.decoder import Decoder, with_known
 from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
     Batch,
@@ -38,6 +38,21 @@ def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
         words = {k: clip[k] for k in ("vocab_size", "context_length", "eot")}
         net["text_encoder"] = {**net["text_encoder"], **words}
     return net
+
+
+def random_masks(key: Array, count: int, size: int) -> Float[Array, "n s s 1"]:
+    """What a decoder that learns to inpaint is to paint: 1 in a random rectangle.
+
+    In a quarter of the masks it is all, so that the decoder still paints from nothing.
+    """
+    key_all, key_corners = jax.random.split(key)
+    corners = jax.random.uniform(key_corners, (count, 2, 2), maxval=size)
+    low, high = jnp.floor(corners.min(1)), jnp.ceil(corners.max(1))
+    places = jnp.arange(size)
+    inside = (places >= low[..., None]) & (places < high[..., None])  # [n, 2, s]
+    masks = inside[:, 0, :, None] & inside[:, 1, None, :]
+    whole = jax.random.bernoulli(key_all, 0.25, (count, 1, 1))
+    return (masks | whole).astype(jnp.float32)[..., None]
 
 
 def make(config: ConfigDict) -> Stage:
@@ -70,8 +85,12 @@ def make(config: ConfigDict) -> Stage:
         caption = encode_caption(clip, frozen["clip"], tokens)
         z_image = see(frozen, batch)
         key, key_dropout = jax.random.split(key)
+        key_masks = jax.random.fold_in(key_dropout, 1)
+        x0 = image.to_float(batch["image"])
 
         def denoise(x_t: Array, t: Array) -> Array:
+            if model.inpaints:
+                x_t = with_known(x_t, (x0, random_masks(key_masks, len(x0), size)))
             return model.apply(
                 {"params": params},
                 x_t,
@@ -83,7 +102,6 @@ def make(config: ConfigDict) -> Stage:
                 rngs={"dropout": key_dropout},
             )
 
-        x0 = image.to_float(batch["image"])
         return denoising_loss(denoise, table, x0, key, diffusion)
 
     def loss(params: Any, frozen: Any, batch: Batch, key: Array):
@@ -112,10 +130,13 @@ def make(config: ConfigDict) -> Stage:
             variables = {"params": params}
             return model.apply(variables, z_image, has, caption, method="context")
 
+        def denoise(x_t: Array, t: Array, context: Any) -> Array:
+            if model.inpaints:
+                x_t = with_known(x_t, None)
+            return model.apply({"params": params}, x_t, t, context, method="denoise")
+
         x = generate.generate(
-            lambda x_t, t, c: model.apply(
-                {"params": params}, x_t, t, c, method="denoise"
-            ),
+            denoise,
             context(True, tokens),
             context(False, jnp.broadcast_to(base.empty, tokens.shape)),
             sample.gaussian(jax.random.split(key, b), (size, size, 3)),
