@@ -1,0 +1,165 @@
+"""What edits keep and change, by the checker of shapes, on the bundled model.
+
+    python benchmarks/edits.py                  all, some 15 minutes on two cores
+    python benchmarks/edits.py text_diff inpaint
+
+Pictures are the decoder's, of 32 px, enlarged for the checker: the upsampler is not
+measured. Inputs are drawn, so that what they show is known.
+"""
+
+import argparse
+
+import numpy as np
+from PIL import Image
+
+import dalle2_jax
+from dalle2_jax.data import image, shapes
+from dalle2_jax.evaluate import shapes as checker
+from dalle2_jax.train.cache import use_compilation_cache
+
+STEPS = {"decoder": 50}
+
+
+def enlarge(picture: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).resize((128, 128), Image.BICUBIC))
+
+
+def right(picture: np.ndarray, caption: str) -> bool:
+    return checker.judge(enlarge(picture), caption)["all"]
+
+
+def scenes(count: int, pairs: float, seed: int = 7) -> list[shapes.Scene]:
+    """Scenes whose caption says all, each as the checker reads it."""
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < count:
+        scene = shapes.sample_scene(rng, "train", pairs)._replace(says_background=True)
+        if right(shapes.render(scene, 32), shapes.caption(scene)):
+            found.append(scene)
+    return found
+
+
+def inversion(model) -> None:
+    """PSNR of pictures from their own (z, x_T), over steps."""
+    pictures = [shapes.render(s, 64) for s in scenes(8, 0.5)]
+    base = np.stack([image.square(p, 32) for p in pictures]).astype(float)
+    for steps in (25, 50, 100, 250):
+        back = dalle2_jax.reconstruct(model, pictures, steps={"decoder": steps})
+        error = ((back - base) ** 2).mean()
+        print(f"inversion: {steps} steps, {10 * np.log10(255**2 / error):.1f} dB")
+
+
+def variations(model) -> None:
+    """How many variations still show the caption, and how far they are, over η."""
+    given = scenes(20, 0.5)
+    for eta in (0.0, 0.25, 0.5, 0.75, 1.0, None):
+        kept, distance = [], []
+        for scene in given:
+            picture = shapes.render(scene, 64)
+            varied = dalle2_jax.variations(
+                model, picture, eta=eta, num=2, steps=STEPS if eta is not None else None
+            )
+            kept += [right(v, shapes.caption(scene)) for v in varied]
+            distance.append(np.abs(varied - image.square(picture, 32).astype(float)))
+        print(
+            f"variations: eta {eta}: {np.mean(kept):.0%} right, "
+            f"distance {np.mean(distance):.1f}",
+            flush=True,
+        )
+
+
+def text_diff(model) -> None:
+    """Red things become blue: how many are, with all else and the place as it was."""
+    given = []
+    for scene in scenes(200, 0.0):
+        size, _, shape = scene.things[0]
+        if shape not in ("star", "triangle"):  # of which red or blue ones are unseen
+            given.append(scene._replace(things=(shapes.Thing(size, "red", shape),)))
+    given = given[:50]
+    thetas = (0.25, 0.5, 0.75, 1.0)
+    colour, rest, all_right = (np.zeros((len(given), len(thetas))) for _ in range(3))
+    for i, scene in enumerate(given):
+        blue = scene._replace(things=(scene.things[0]._replace(colour="blue"),))
+        path = dalle2_jax.text_diff(
+            model,
+            shapes.render(scene, 64),
+            shapes.caption(scene),
+            shapes.caption(blue),
+            theta=thetas,
+            steps=STEPS,
+        )
+        place = shapes.places(scene)[0]
+        for j, picture in enumerate(path):
+            verdict = checker.judge(enlarge(picture), shapes.caption(blue))
+            found = checker.look(enlarge(picture)).found
+            near = bool(found) and (
+                np.hypot(found[0].x - place.x, found[0].y - place.y) < 0.06
+            )
+            colour[i, j] = verdict["colour"]
+            rest[i, j] = near and verdict["shape"]
+            all_right[i, j] = verdict["all"] and near
+    for j, theta in enumerate(thetas):
+        print(
+            f"text_diff: theta {theta}: colour {colour[:, j].mean():.0%}, shape and "
+            f"place {rest[:, j].mean():.0%}, all {all_right[:, j].mean():.0%} "
+            f"of {len(given)}",
+            flush=True,
+        )
+
+
+def inpaint(model) -> None:
+    """One thing of two is painted anew by a caption: how many show the caption."""
+    given = [s for s in scenes(160, 1.0) if s.relation in ("left of", "above")][:50]
+    rng, done = np.random.default_rng(5), []
+    for scene in given:
+        picture = shapes.render(scene, 32)
+        first, second = shapes.places(scene)
+        mask = np.zeros((32, 32), bool)
+        if scene.relation == "left of":
+            mask[:, : int(32 * (second.x - second.radius - 0.02))] = True
+        else:
+            mask[: int(32 * (second.y - second.radius - 0.02))] = True
+        thing = shapes.sample_scene(rng, "train", 0.0).things[0]
+        thing = thing._replace(size=scene.things[0].size)
+        caption = shapes.caption(scene._replace(things=(thing, scene.things[1])))
+        painted = dalle2_jax.inpaint(model, picture, mask, caption)[0]
+        assert (painted[~mask] == picture[~mask]).all()
+        done.append(right(painted, caption))
+    print(f"inpaint: {np.mean(done):.0%} of {len(done)} show the caption", flush=True)
+
+
+def priors(model) -> None:
+    """Where the image embedding is from: captions shown, and how pictures differ."""
+    rng = np.random.default_rng(11)
+    captions = [
+        checker.make_caption(kind, rng)
+        for kind in ("single", "pair")
+        for _ in range(24)
+    ]
+    known = ["diffusion"] + ["autoregressive"] * (model.ar_prior is not None)
+    for scale in (1.0, 2.0, 4.0):
+        for prior in (*known, "none", "caption"):
+            pictures = dalle2_jax.text_to_image(
+                model, captions, num=2, prior=prior, guidance={"decoder": scale}
+            )
+            shown = np.mean(
+                [right(p, captions[k // 2]) for k, p in enumerate(pictures)]
+            )
+            apart = np.abs(pictures[::2].astype(float) - pictures[1::2]).mean()
+            print(
+                f"priors: {prior}, guidance {scale}: {shown:.0%} right, "
+                f"two of a caption differ by {apart:.1f}",
+                flush=True,
+            )
+
+
+ALL = {f.__name__: f for f in (inversion, variations, text_diff, inpaint, priors)}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=", ".join(ALL))
+    parser.add_argument("--model", default=None)
+    flags = parser.parse_args()
+    use_compilation_cache()
+    loaded = dalle2_jax.load(*filter(None, [flags.model]))._replace(upsamplers=())
+    for part in flags.parts or ALL:
+        ALL[part](loaded)
