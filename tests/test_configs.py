@@ -64,7 +64,7 @@ def module(stage):
 
 def clip_net(size):
     """The arguments of the CLIP that goes with a row of any stage."""
-    size = "vit_l_14" if size.startswith("karlo") else size
+    size = "vit_l_14" if size.startswith("karlo") else size.removesuffix("_inpaint")
     return stages.clip.network(module("clip").get_config(size), TOKENIZER)
 
 
