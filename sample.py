@@ -25,7 +25,9 @@ TASKS = {
     "text_to_image": Task(("prompt",), ("num", "best_of", "prior", "negative_prompt")),
     "variations": Task(("image",), ("num", "eta")),
     "interpolate": Task(("image", "image2"), ("frames", "shared_noise")),
-    "text_diff": Task(("image", "prompt_from", "prompt"), ("frames", "theta")),
+    "text_diff": Task(
+        ("image", "prompt_from", "prompt"), ("frames", "theta", "direction")
+    ),
     "inpaint": Task(("image", "mask", "prompt"), ("num", "repeats")),
     "outpaint": Task(("image", "prompt"), ("num", "extend", "repeats")),
     "img2img": Task(("image", "prompt"), ("num", "strength")),
@@ -77,6 +79,9 @@ OF_TASKS = [
     flags.DEFINE_integer("frames", None, "Pictures of a path."),
     flags.DEFINE_bool("shared_noise", None, "Interpolate with one noise for all."),
     flags.DEFINE_float("theta", None, "How far a text_diff goes: 0 to 1."),
+    flags.DEFINE_enum(
+        "direction", None, ["text", "prior"], "Whose difference a text_diff goes along."
+    ),
     flags.DEFINE_float("strength", None, "How much img2img may change: above 0, to 1."),
     flags.DEFINE_float("extend", None, "How much larger outpaint's canvas is."),
     flags.DEFINE_integer("repeats", None, "How often inpainting takes a step."),

@@ -75,7 +75,11 @@ def text_diff(model) -> None:
         if shape not in ("star", "triangle"):  # of which red or blue ones are unseen
             given.append(scene._replace(things=(shapes.Thing(size, "red", shape),)))
     given = given[:50]
-    thetas = (0.25, 0.5, 0.75, 1.0)
+    for direction, thetas in {"text": (0.25, 0.5), "prior": (0.5, 0.75, 1.0)}.items():
+        _text_diff(model, given, direction, thetas)
+
+
+def _text_diff(model, given, direction: str, thetas: tuple[float, ...]) -> None:
     colour, rest, all_right = (np.zeros((len(given), len(thetas))) for _ in range(3))
     for i, scene in enumerate(given):
         blue = scene._replace(things=(scene.things[0]._replace(colour="blue"),))
@@ -84,6 +88,7 @@ def text_diff(model) -> None:
             shapes.render(scene, 64),
             shapes.caption(scene),
             shapes.caption(blue),
+            direction=direction,
             theta=thetas,
             steps=STEPS,
         )
@@ -99,9 +104,9 @@ def text_diff(model) -> None:
             all_right[i, j] = verdict["all"] and near
     for j, theta in enumerate(thetas):
         print(
-            f"text_diff: theta {theta}: colour {colour[:, j].mean():.0%}, shape and "
-            f"place {rest[:, j].mean():.0%}, all {all_right[:, j].mean():.0%} "
-            f"of {len(given)}",
+            f"text_diff: {direction}, theta {theta}: colour {colour[:, j].mean():.0%}, "
+            f"shape and place {rest[:, j].mean():.0%}, all "
+            f"{all_right[:, j].mean():.0%} of {len(given)}",
             flush=True,
         )
 

@@ -133,13 +133,17 @@ def test_blends_of_pictures_and_captions(model, pictures):
 # Text diffs
 
 
-def test_a_text_diff_begins_with_the_reconstruction(model, pictures):
-    path = edit.text_diff(model, pictures[0], RED, BLUE, theta=0.4, frames=3, **STEPS)
+@pytest.mark.parametrize("direction", ["text", "prior"])
+def test_a_text_diff_begins_with_the_reconstruction(model, pictures, direction):
+    def diff(theta):
+        given = {"theta": theta, "frames": 3, "direction": direction}
+        return edit.text_diff(model, pictures[0], RED, BLUE, **given, **STEPS)
+
+    path = diff(0.4)
     assert path.shape == (3, 32, 32, 3)
     assert same(path[0], edit.reconstruct(model, pictures[0], **STEPS)[0])
     assert not same(path[0], path[-1])
-    last = edit.text_diff(model, pictures[0], RED, BLUE, theta=[0.4], **STEPS)
-    assert same(last[0], path[-1])
+    assert same(diff([0.4])[0], path[-1])
 
 
 # Painting
@@ -237,6 +241,7 @@ def test_what_cannot_be_done_is_told(model, pictures, tmp_path):
     refuse(lambda: edit.text_diff(model, a, RED, BLUE, theta=-1), "theta is [-1.0]")
     refuse(lambda: edit.text_diff(model, a, RED, RED), "are the same to CLIP")
     refuse(lambda: edit.text_diff(model, a, "", RED), "empty")
+    refuse(lambda: edit.text_diff(model, a, RED, BLUE, direction="up"), "'up'")
     refuse(lambda: edit.blend(model), "nothing to blend")
     refuse(lambda: edit.blend(model, [a], weights=[1, 2]), "give 1 positive")
     refuse(lambda: edit.img2img(model, a, RED, strength=0), "strength=0")

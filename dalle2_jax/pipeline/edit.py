@@ -35,6 +35,7 @@ from dalle2_jax.pipeline.models import Model, require
 
 STEPS = 100  # of DDIM, there and back
 REPEATS = 4  # how often RePaint takes a step
+DRAWS = 4  # of the prior, for the mean of a caption's embeddings
 
 DECODING = generate.STAGES[1:], generate.STAGES[1:2]  # have steps, have guidance
 
@@ -119,7 +120,7 @@ def decode(
 def reconstruct(model: Model, pictures: Any, **settings: Any) -> Pictures:
     """Pictures from their own (z, x_T): what is lost is lost by all edits."""
     way = {k: settings[k] for k in ("steps", "guidance") if k in settings}
-    return decode(model, *invert(model, pictures, **_decoder_only(way)), **settings)
+    return decode(model, *invert(model, pictures, **_only(way, "decoder")), **settings)
 
 
 def variations(
@@ -155,7 +156,7 @@ def variations(
     if eta is not None:
         if noise:
             raise UserError("noise= goes with white noise: leave out eta")
-        found = invert(model, _one(picture), **_decoder_only(settings._asdict()))
+        found = invert(model, _one(picture), **_only(settings._asdict(), "decoder")))
         z, x_T = (a.repeat(num, axis=0) for a in found)
         return _decode(model, settings, z, x_T, eta, keys, progress)
     z = encode_image(model, _one(picture)).repeat(num, axis=0)
@@ -195,7 +196,7 @@ def interpolate(
     if shared_noise:
         ends = Latent(encode_image(model, _one(picture) + _one(other)), None)
     else:
-        ends = invert(model, _one(picture) + _one(other), **_decoder_only(way))
+        ends = invert(model, _one(picture) + _one(other), **_only(way, "decoder"))
     path = [None if a is None else slerp(a[0], a[1], weights) for a in ends]
     return decode(model, *path, seed=seed, **settings)
 
@@ -256,40 +257,59 @@ def text_diff(
     prompt_from: str,
     prompt: str,
     *,
-    theta: float | int | Sequence[float | int] = 0.5,
+    direction: str | None = None,
+    theta: float | int | Sequence[float | int] | None = None,
     frames: int = 5,
     seed: int = 0,
     **settings: Any,
 ) -> Pictures:
     """A picture on its way from what one caption says to another (section 3.3).
 
-    With z_d the direction from one caption's CLIP embedding to the other's, the frames
-    are decoded from slerp(z, z_d, θ), and all from the picture's own x_T.
+    All frames are decoded from the picture's own x_T. Their z leads away from its own
+    by the difference of the captions:
+        "text"   slerp(z, z_d, θ), with z_d the direction from one caption's CLIP
+                 embedding to the other's: the paper's, with θ up to 0.25 to 0.5.
+        "prior"  z + θ (z_to - z_from), with the means of what the prior draws for each
+                 caption, which are differences of pictures and so keep more of it.
 
     Args:
       prompt_from: what the picture shows.
       prompt: what it shall show.
-      theta: the last θ, which the frames approach from 0 in even steps (the paper's
-        is from 0.25 to 0.5); or the θ of each frame. 0 to 1.
+      direction: by default "prior" if the model has a diffusion prior.
+      theta: the last θ, which the frames approach from 0 in even steps, by default 1 by
+        the prior and 0.5 by the text; or the θ of each frame. 0 to 1.
 
     Raises:
       UserError: a θ out of range, an empty caption, two that are the same to CLIP, or
         as `decode`.
     """
+    if direction is None:
+        direction = "text" if model.prior is None else "prior"
+    if direction not in ("text", "prior"):
+        raise UserError(f'direction={direction!r}: must be "text" or "prior"')
+    if theta is None:
+        theta = 1.0 if direction == "prior" else 0.5
     if np.ndim(theta) == 0:
         if frames < 2:
             raise UserError(f"frames={frames}: a path has at least 2, its ends")
         theta = np.linspace(0, float(_within([theta], "theta")[0]), frames)
     theta = _within(theta, "theta")
-    generate.check_prompts([prompt_from, prompt])
-    way = {k: settings[k] for k in ("steps", "guidance") if k in settings}
-    start = invert(model, _one(picture), **_decoder_only(way))
-    before, after = unit(encode_text(model, [prompt_from, prompt]))
+    captions = [prompt_from, prompt]
+    generate.check_prompts(captions)
+    before, after = unit(encode_text(model, captions))
     if np.allclose(before, after):
         raise UserError(f"{prompt_from!r} and {prompt!r} are the same to CLIP")
+    way = {k: settings[k] for k in ("steps", "guidance") if k in settings}
+    start = invert(model, _one(picture), **_only(way, "decoder"))
     z = start.z[0]
-    path = slerp(z, unit(after - before) * np.linalg.norm(z), theta)
+    if direction == "text":
+        path = slerp(z, unit(after - before) * np.linalg.norm(z), theta)
+    else:
+        drawn = embed(model, captions, num=DRAWS, seed=seed, **_only(way, "prior"))
+        ends = drawn.reshape(2, DRAWS, -1).mean(1)
+        path = (z + theta[:, None] * (ends[1] - ends[0])).astype(np.float32)
     x_T = np.broadcast_to(start.x_T, (len(path), *start.x_T.shape[1:]))
+    settings |= _only(way, "decoder", "upsampler")
     return decode(model, path, x_T, seed=seed, **settings)
 
 
@@ -544,10 +564,10 @@ def _paint(
     return np.where(white[..., None], painted, picture)
 
 
-def _decoder_only(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the steps and the guidance, those that inversion shares with decoding."""
+def _only(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Of the steps and the guidance, those of some networks."""
     return {
-        name: {k: v for k, v in (settings.get(name) or {}).items() if k == "decoder"}
+        name: {k: v for k, v in (settings.get(name) or {}).items() if k in names}
         for name in ("steps", "guidance")
     }
 
