@@ -156,7 +156,7 @@ def variations(
     if eta is not None:
         if noise:
             raise UserError("noise= goes with white noise: leave out eta")
-        found = invert(model, _one(picture), **_only(settings._asdict(), "decoder")))
+        found = invert(model, _one(picture), **_only(settings._asdict(), "decoder"))
         z, x_T = (a.repeat(num, axis=0) for a in found)
         return _decode(model, settings, z, x_T, eta, keys, progress)
     z = encode_image(model, _one(picture)).repeat(num, axis=0)
