@@ -47,7 +47,7 @@ def refused(script, *arguments):
     [
         ([], "no --config"),
         ([CLIP], "no --workdir"),
-        (["--config=configs/clip.py:huge", "--workdir=w"], "choose tiny, small, base, paper"),
+        (["--config=configs/clip.py:huge", "--workdir=w"], "choose tiny, small, base"),
         (["--config=configs/nothing.py", "--workdir=w"], "no such config file"),
         ([CLIP, "--workdir=w", "--config.stepz=3"], "has no key 'stepz'"),
         ([CLIP, "--workdir=w", "--config.optim.rate=3"], "--config.optim.rate"),
