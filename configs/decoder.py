@@ -90,7 +90,7 @@ SIZES = {
         "drop_caption": 0.5,
     },
     "small": _SMALL,
-    "small_inpaint": {**_SMALL, "in_channels": 7},
+    "small_inpaint": {**_SMALL, "unet": {**_SMALL["unet"], "in_channels": 7}},
     "base": {
         "size": 32,
         "unet": dict(
@@ -157,8 +157,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.optim.update(values["optim"])
 
     config.net = ConfigDict()
-    config.net.unet = ConfigDict(values["unet"])
-    config.net.unet.in_channels = values.get("in_channels", 3)
+    config.net.unet = ConfigDict({"in_channels": 3, **values["unet"]})
     config.net.unet.scale_shift = True
     config.net.unet.remat = size not in ("tiny", "small", "small_inpaint", "base")
     config.net.context_width = values["context_width"]

@@ -10,11 +10,8 @@ _EDITS = (
     "blend",
     "decode",
     "embed",
-    "img2img",
-    "inpaint",
     "interpolate",
     "invert",
-    "outpaint",
     "reconstruct",
     "text_diff",
     "variations",
@@ -29,6 +26,7 @@ _WHERE = {
     "stream": "dalle2_jax.pipeline.generate",
     "text_to_image": "dalle2_jax.pipeline.generate",
     **dict.fromkeys(_EDITS, "dalle2_jax.pipeline.edit"),
+    **dict.fromkeys(("img2img", "inpaint", "outpaint"), "dalle2_jax.pipeline.paint"),
 }
 
 __all__ = sorted(_WHERE)

@@ -13,9 +13,8 @@ from jaxtyping import Array, Float, Int, Num
 
 from dalle2_jax.errors import UserError
 
-_exactly = (
-    jax.lax.Precision.HIGHEST
-)  # a code must not hang on an accelerator's bfloat16
+# A code must not hang on an accelerator's bfloat16.
+_exactly = jax.lax.Precision.HIGHEST
 
 
 class Codes(NamedTuple):

@@ -4,37 +4,35 @@ Every picture is a pair (z, x_T): its CLIP embedding, and the noise from which D
 decodes it given that embedding. Whatever changes one and keeps the other is an edit.
 
 A picture is a PIL image, an array uint8 [h, w, 3] or the path of a file, of any size;
-its middle square is what is edited. All functions take the settings of `text_to_image`
-(``seed``, ``size``, ``steps``, ``guidance``, ``progress``) and return uint8
-[n, size, size, 3]. Where a picture's own x_T is used, the decoder takes `STEPS` steps
-of DDIM at guidance 1 unless told otherwise: inversion must go the way that decoding
-comes, and goes it exactly only without guidance.
+its middle square is what is edited. What makes pictures takes the settings of
+`text_to_image` (``seed``, ``size``, ``steps``, ``guidance``, ``progress``) and returns
+uint8 [n, size, size, 3]. Where a picture's own x_T is used, the decoder takes `STEPS`
+steps of DDIM at guidance 1 unless told otherwise: inversion must go the way that
+decoding comes, and goes it exactly only without guidance.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from dalle2_jax.data import image
-from dalle2_jax.diffusion import generate as diffusion
-from dalle2_jax.diffusion import process
 from dalle2_jax.errors import UserError
-from dalle2_jax.pipeline import generate
+from dalle2_jax.pipeline import generate, loops
 from dalle2_jax.pipeline.encode import (
+    as_list,
+    as_one,
     encode_caption,
     encode_image,
     encode_text,
     spread,
 )
 from dalle2_jax.pipeline.generate import Progress, Request, Settings
-from dalle2_jax.pipeline.models import Model, require
+from dalle2_jax.pipeline.models import Model, in_batches, require
 
 STEPS = 100  # of DDIM, there and back
-REPEATS = 4  # how often RePaint takes a step
 DRAWS = 4  # of the prior, for the mean of a caption's embeddings
 
 DECODING = generate.STAGES[1:], generate.STAGES[1:2]  # have steps, have guidance
@@ -66,21 +64,27 @@ def invert(
       UserError: not a picture, or a CLIP without its image tower.
     """
     require(model, "tokenizer", "clip", "decoder")
-    model = _deterministic(model, Settings(None, steps or {}, guidance or {}, {}))
-    pictures = _list(pictures)
+    model = _deterministic(model, Settings(steps=steps, guidance=guidance))
+    pictures = as_list(pictures)
     z = encode_image(model, pictures)
     squares = np.stack([image.square(p, model.decoder.size) for p in pictures])
-    count = len(z)
-    found = []
-    for rows in generate.batches(count, model.devices.size, generate.BATCH):
-        x, z_image = (
-            jax.device_put(a[rows], spread(model)) for a in (image.to_float(squares), z)
+    empty = generate.tokenize(model, [""])
+
+    def some(rows: np.ndarray) -> np.ndarray:
+        x, z_image, tokens = jax.device_put(
+            (
+                image.to_float(squares[rows]),
+                z[rows],
+                empty.repeat(len(rows), axis=0),
+            ),
+            spread(model),
         )
-        tokens = generate.tokenize(model, [""]).repeat(len(rows), axis=0)
-        empty = encode_caption(model.clip, jax.device_put(tokens, spread(model)))
-        x_T = generate.invert_decoder(model.decoder, x, z_image, empty, empty)
-        found.append(np.asarray(x_T))
-    return Latent(z, np.concatenate(found)[:count])
+        caption = encode_caption(model.clip, tokens)
+        return np.asarray(
+            loops.invert_decoder(model.decoder, x, z_image, caption, caption)
+        )
+
+    return Latent(z, in_batches(some, len(z), model.devices.size, generate.BATCH))
 
 
 def decode(
@@ -108,7 +112,7 @@ def decode(
     """
     require(model, "tokenizer", "clip", "decoder")
     generate.check(1, seed)
-    settings = Settings(size, steps or {}, guidance or {}, {})
+    settings = Settings(size, steps, guidance)
     keys = generate.picture_keys(seed, 1)[np.zeros(len(z), int)]
     if x_T is None:
         side = model.decoder.size
@@ -119,8 +123,9 @@ def decode(
 
 def reconstruct(model: Model, pictures: Any, **settings: Any) -> Pictures:
     """Pictures from their own (z, x_T): what is lost is lost by all edits."""
-    way = {k: settings[k] for k in ("steps", "guidance") if k in settings}
-    return decode(model, *invert(model, pictures, **_only(way, "decoder")), **settings)
+    return decode(
+        model, *invert(model, pictures, **_only(settings, "decoder")), **settings
+    )
 
 
 def variations(
@@ -151,17 +156,17 @@ def variations(
     """
     require(model, "tokenizer", "clip", "decoder")
     generate.check(num, seed)
-    settings = Settings(size, steps or {}, guidance or {}, noise or {})
+    settings = Settings(size, steps, guidance, noise)
     keys = generate.picture_keys(seed, num)
     if eta is not None:
         if noise:
             raise UserError("noise= goes with white noise: leave out eta")
-        found = invert(model, _one(picture), **_only(settings._asdict(), "decoder"))
+        found = invert(model, as_one(picture), **_only(settings._asdict(), "decoder"))
         z, x_T = (a.repeat(num, axis=0) for a in found)
         return _decode(model, settings, z, x_T, eta, keys, progress)
-    z = encode_image(model, _one(picture)).repeat(num, axis=0)
+    z = encode_image(model, as_one(picture)).repeat(num, axis=0)
     model = generate.set_all(model, settings, *DECODING)
-    given = generate.given_noise(model, settings.noise, num, generate.STAGES[1:])
+    given = generate.given_noise(model, noise or {}, num, DECODING[0])
     return generate.cascade(model, _request(model, z, keys, given=given), progress)
 
 
@@ -192,11 +197,12 @@ def interpolate(
             raise UserError(f"frames={frames}: a path has at least 2, its ends")
         weights = np.linspace(0, 1, frames)
     weights = _within(weights, "weights")
-    way = {k: settings[k] for k in ("steps", "guidance") if k in settings}
     if shared_noise:
-        ends = Latent(encode_image(model, _one(picture) + _one(other)), None)
+        ends = Latent(encode_image(model, as_one(picture) + as_one(other)), None)
     else:
-        ends = invert(model, _one(picture) + _one(other), **_only(way, "decoder"))
+        ends = invert(
+            model, as_one(picture) + as_one(other), **_only(settings, "decoder")
+        )
     path = [None if a is None else slerp(a[0], a[1], weights) for a in ends]
     return decode(model, *path, seed=seed, **settings)
 
@@ -227,7 +233,7 @@ def blend(
       UserError: nothing to blend, or weights that do not fit.
     """
     generate.check(num, seed)
-    pictures, prompts = _list(pictures), list(prompts)
+    pictures, prompts = as_list(pictures), list(prompts)
     count = len(pictures) + len(prompts)
     if not count:
         raise UserError("nothing to blend: give pictures or prompts")
@@ -237,7 +243,6 @@ def blend(
             f"weights are {weights.tolist()}: give {count} positive numbers, of the "
             "pictures and then the prompts"
         )
-    given = Settings(size, steps or {}, guidance or {}, {})
     parts = [z[None] for z in encode_image(model, pictures)] if pictures else []
     if prompts:
         drawn = embed(
@@ -245,7 +250,8 @@ def blend(
         )
         parts += list(drawn.reshape(len(prompts), num, -1))
     z = mean_direction(parts, weights / weights.sum())
-    model = generate.set_all(model, given, generate.STAGES, generate.STAGES[:2])
+    settings = Settings(size, steps, guidance)
+    model = generate.set_all(model, settings, generate.STAGES, generate.STAGES[:2])
     z = np.broadcast_to(z, (num, z.shape[-1]))
     request = _request(model, z, generate.picture_keys(seed, num))
     return generate.cascade(model, request, progress)
@@ -299,147 +305,17 @@ def text_diff(
     before, after = unit(encode_text(model, captions))
     if np.allclose(before, after):
         raise UserError(f"{prompt_from!r} and {prompt!r} are the same to CLIP")
-    way = {k: settings[k] for k in ("steps", "guidance") if k in settings}
-    start = invert(model, _one(picture), **_only(way, "decoder"))
+    start = invert(model, as_one(picture), **_only(settings, "decoder"))
     z = start.z[0]
     if direction == "text":
         path = slerp(z, unit(after - before) * np.linalg.norm(z), theta)
     else:
-        drawn = embed(model, captions, num=DRAWS, seed=seed, **_only(way, "prior"))
+        drawn = embed(model, captions, num=DRAWS, seed=seed, **_only(settings, "prior"))
         ends = drawn.reshape(2, DRAWS, -1).mean(1)
         path = (z + theta[:, None] * (ends[1] - ends[0])).astype(np.float32)
     x_T = np.broadcast_to(start.x_T, (len(path), *start.x_T.shape[1:]))
-    settings |= _only(way, "decoder", "upsampler")
+    settings |= _only(settings, "decoder", "upsampler")
     return decode(model, path, x_T, seed=seed, **settings)
-
-
-def img2img(
-    model: Model,
-    picture: Any,
-    prompt: str,
-    *,
-    strength: float | int = 0.7,
-    seed: int = 0,
-    num: int = 1,
-    size: int | None = None,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
-    progress: Progress | None = None,
-) -> Pictures:
-    """A picture seen through noise and painted anew by a caption (SDEdit).
-
-    The decoder starts from the picture with the noise of a part of its way, and takes
-    the steps that are left (Meng et al. 2021, arXiv 2108.01073).
-
-    Args:
-      strength: that part, above 0 (nothing changes) up to 1 (nothing is kept).
-
-    Raises:
-      UserError: a strength out of range, or as `text_to_image`.
-    """
-    if not 0 < strength <= 1:
-        raise UserError(f"strength={strength}: must be above 0 and at most 1")
-    settings = Settings(size, steps or {}, guidance or {}, {})
-    model, request = generate.of_prompts(model, [prompt], seed, num, settings)
-    part = model.decoder
-    table = diffusion.levels(part.diffusion, part.sampling)
-    left = max(1, round(strength * table.steps))
-    x0 = image.to_float(image.square(_one(picture)[0], part.size))
-    keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, part.size)
-    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape))(keys)
-    x0 = jnp.broadcast_to(x0, eps.shape)
-    start = process.q_sample(table, x0, jnp.int32(left - 1), eps)
-    levels = tuple(int(t) for t in table.timesteps[:left])
-    part = part.replace(sampling=part.sampling.copy({"steps": levels}))
-    model = model._replace(decoder=part)
-    return generate.cascade(model, request._replace(start=np.asarray(start)), progress)
-
-
-def inpaint(
-    model: Model,
-    picture: Any,
-    mask: Any,
-    prompt: str,
-    *,
-    seed: int = 0,
-    num: int = 1,
-    size: int | None = None,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
-    repeats: int = REPEATS,
-    progress: Progress | None = None,
-) -> Pictures:
-    """A part of a picture painted anew, to fit the rest and a caption.
-
-    What is black in the mask stays to the bit, at the size that is returned. A decoder
-    that was trained to inpaint (configs/decoder.py:small_inpaint) is shown what stays.
-    Any other is held to it and takes each step several times, as RePaint does.
-
-    Args:
-      mask: a picture, or an array [h, w] of bool or uint8, as large as the picture;
-        white is painted, black stays.
-      prompt: of the whole picture.
-      repeats: how often a decoder that was not trained for it takes a step.
-
-    Raises:
-      UserError: a mask of another size, or all black; or as `text_to_image`.
-    """
-    picture = image.read(_one(picture)[0])
-    white = image.read_mask(mask)
-    if white.shape[::-1] != picture.size:
-        raise UserError(
-            f"the mask has {white.shape[1]} × {white.shape[0]} pixels, the picture "
-            f"{picture.width} × {picture.height}: they must be the same"
-        )
-    settings = Settings(size, steps or {}, guidance or {}, {})
-    model, request = generate.of_prompts(model, [prompt], seed, num, settings)
-    side = model.sizes[-1]
-    white = image.square_mask(white, side)
-    if not white.any():
-        raise UserError(
-            "the mask is all black (in the picture's middle square): make white what "
-            "is to be painted"
-        )
-    return _paint(model, request, image.square(picture, side), white, repeats, progress)
-
-
-def outpaint(
-    model: Model,
-    picture: Any,
-    prompt: str,
-    *,
-    extend: float | int = 0.5,
-    place: tuple[float | int, float | int] = (0.5, 0.5),
-    seed: int = 0,
-    num: int = 1,
-    size: int | None = None,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
-    repeats: int = REPEATS,
-    progress: Progress | None = None,
-) -> Pictures:
-    """A picture made smaller, and what surrounds it painted: `inpaint` of a canvas.
-
-    Args:
-      extend: how much larger the square canvas is than the picture's longer side: 0.5
-        is one and a half times as large.
-      place: where on the canvas the picture is, from (0, 0), its upper left corner, to
-        (1, 1).
-      others: as of `inpaint`.
-
-    Raises:
-      UserError: a canvas that is not larger, a place out of range; or as `inpaint`.
-    """
-    picture = image.read(_one(picture)[0])
-    if not 0 < extend <= 7:
-        raise UserError(f"extend={extend}: must be above 0 and at most 7")
-    if len(place) != 2 or not all(0 <= x <= 1 for x in place):
-        raise UserError(f"place={place}: give two numbers from 0 to 1")
-    settings = Settings(size, steps or {}, guidance or {}, {})
-    model, request = generate.of_prompts(model, [prompt], seed, num, settings)
-    side = model.sizes[-1]
-    canvas, white = image.on_canvas(picture, side, 1 + extend, place)
-    return _paint(model, request, canvas, white, repeats, progress)
 
 
 def embed(
@@ -452,13 +328,14 @@ def embed(
     guidance: Mapping[str, float] | None = None,
 ) -> Float[np.ndarray, "n d"]:
     """CLIP image embeddings of captions, the prior's, ``num`` of each."""
-    settings = Settings(None, steps or {}, guidance or {}, {})
+    settings = Settings(steps=steps, guidance=guidance)
     model, request = generate.of_prompts(model, prompts, seed, num, settings)
-    found = []
-    for stage, rows, z in generate.run(model, request):
-        if stage == "prior":
-            found.append(np.asarray(z)[: len(np.unique(rows))])
-    return np.concatenate(found)
+
+    def some(rows: np.ndarray) -> np.ndarray:
+        _, z = next(generate.run_batch(model, request, rows))  # the prior's
+        return np.asarray(z)
+
+    return in_batches(some, len(request.tokens), model.devices.size, generate.BATCH)
 
 
 # Embeddings and noise as points of a sphere
@@ -543,47 +420,12 @@ def _request(model: Model, z: np.ndarray, keys: Array, **more: Any) -> Request:
     return Request(empty.repeat(len(z), axis=0), empty, keys, z_image=z, **more)
 
 
-def _paint(
-    model: Model,
-    request: Request,
-    picture: UInt8[np.ndarray, "s s 3"],
-    white: np.ndarray,
-    repeats: int,
-    progress: Progress | None,
-) -> Pictures:
-    """Paints what is white; the rest of the picture stays to the bit."""
-    if repeats < 1:
-        raise UserError(f"repeats={repeats}: must be at least 1")
-    part = model.decoder
-    if not part.network.inpaints:
-        again = {"sampler": "repaint", "repeats": repeats}
-        model = model._replace(decoder=part.replace(sampling=part.sampling.copy(again)))
-    mask = white[None, ..., None].astype(np.float32)
-    known = image.to_float(picture)[None], mask
-    painted = generate.cascade(model, request._replace(known=known), progress)
-    return np.where(white[..., None], painted, picture)
-
-
 def _only(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Of the steps and the guidance, those of some networks."""
     return {
         name: {k: v for k, v in (settings.get(name) or {}).items() if k in names}
         for name in ("steps", "guidance")
     }
-
-
-def _list(pictures: Any) -> list[Any]:
-    """One picture or several as a list."""
-    if isinstance(pictures, list | tuple) or np.ndim(pictures) == 4:
-        return list(pictures)
-    return [pictures]
-
-
-def _one(picture: Any) -> list[Any]:
-    pictures = _list(picture)
-    if len(pictures) != 1:
-        raise UserError(f"{len(pictures)} pictures: give one")
-    return pictures
 
 
 def _within(values: Any, name: str) -> np.ndarray:

@@ -59,8 +59,7 @@ def encode_image(clip: Model, images: Any) -> Float[np.ndarray, "n d"]:
             f"the CLIP of {clip.path} has no image tower: load it together with the "
             "CLIP that it was trained with (for Karlo openai/clip-vit-large-patch14)"
         )
-    single = not isinstance(images, Sequence) or isinstance(images, str | bytes)
-    images = [images] if single and np.ndim(images) != 4 else list(images)
+    images = as_list(images)
     if not images:
         raise UserError("no pictures: give at least one")
     pictures = np.stack([image.clip_input(x, network.image_size) for x in images])
@@ -84,6 +83,20 @@ def clip_score(
         raise UserError(f"{len(z_image)} pictures and {len(z_text)} captions")
     products = (z_image * z_text).sum(-1)
     return products / np.linalg.norm(z_image, axis=-1) / np.linalg.norm(z_text, axis=-1)
+
+
+def as_list(images: Any) -> list[Any]:
+    """One picture or several as a list."""
+    several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    return list(images) if several or np.ndim(images) == 4 else [images]
+
+
+def as_one(picture: Any) -> list[Any]:
+    """A list of the one picture; a UserError if there are several."""
+    pictures = as_list(picture)
+    if len(pictures) != 1:
+        raise UserError(f"{len(pictures)} pictures: give one")
+    return pictures
 
 
 def spread(model: Model) -> NamedSharding:

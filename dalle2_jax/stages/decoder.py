@@ -23,17 +23,13 @@ from dalle2_jax.stages.stage import (
     encode_image,
     load_base,
     make_batches,
+    upon_clip,
 )
 
 
 def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
     """Decoder's arguments: ``config.net`` with the numbers of CLIP's net."""
-    net = {
-        **config.net.to_dict(),
-        "clip_dim": clip["embed_dim"],
-        "context_length": clip["context_length"],
-        "text_width": clip["text_width"],
-    }
+    net = upon_clip(config.net.to_dict(), clip)
     if net["text_encoder"] is not None:
         words = {k: clip[k] for k in ("vocab_size", "context_length", "eot")}
         net["text_encoder"] = {**net["text_encoder"], **words}

@@ -28,17 +28,13 @@ from dalle2_jax.stages.stage import (
     float32,
     load_base,
     make_batches,
+    upon_clip,
 )
 
 
 def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
     """DiffusionPrior's arguments: ``config.net`` with the numbers of CLIP's net."""
-    return {
-        **config.net,
-        "clip_dim": clip["embed_dim"],
-        "context_length": clip["context_length"],
-        "text_width": clip["text_width"],
-    }
+    return upon_clip(config.net.to_dict(), clip)
 
 
 def make(config: ConfigDict) -> Stage:

@@ -195,6 +195,16 @@ def open_source(config: ConfigDict, split: str) -> sources.Source:
 # CLIP, frozen, as the later stages read it.
 
 
+def upon_clip(net: Mapping[str, Any], clip: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's arguments, with the numbers of the net of the CLIP that it reads."""
+    return {
+        **net,
+        "clip_dim": clip["embed_dim"],
+        "context_length": clip["context_length"],
+        "text_width": clip["text_width"],
+    }
+
+
 def encode_image(
     clip: CLIP, params: Any, pictures: Float[Array, "b h w 3"]
 ) -> Float[Array, "b d"]:

@@ -10,7 +10,7 @@ from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import codes
 from dalle2_jax.nn.clip import cosine
-from dalle2_jax.pipeline import generate
+from dalle2_jax.pipeline import generate, loops
 from dalle2_jax.pipeline.encode import encode_caption
 from tests.tiny import make_stage
 
@@ -56,11 +56,11 @@ def test_none_is_the_text_embedding_as_an_images(model):
         encode_caption(model.clip, jnp.repeat(t[None], 8, 0)) for t in tokens
     )
     keys = generate.picture_keys(0, 8)
-    x = generate.sample_decoder(model.decoder, caption.z_text, caption, null, keys)
+    x = loops.sample_decoder(model.decoder, caption.z_text, caption, null, keys)
     expected = generate.image.to_uint8(x)[:1]
     assert_same_pictures(draw(model, prior="none"), np.asarray(expected))
     # The caption alone: whatever embedding there is, the decoder isn't shown it.
-    x = generate.sample_decoder(model.decoder, None, caption, null, keys)
+    x = loops.sample_decoder(model.decoder, None, caption, null, keys)
     expected = generate.image.to_uint8(x)[:1]
     assert_same_pictures(draw(model, prior="caption"), np.asarray(expected))
 
@@ -109,10 +109,10 @@ def embeddings(model, name, count=8, **sampling):
     )
     keys = generate.picture_keys(0, count)
     if name == "ar_prior":
-        z = generate.sample_ar_prior(part, caption, null, keys, model.codes)
+        z = loops.sample_ar_prior(part, caption, null, keys, model.codes)
     else:
         mean, std = jnp.asarray(model.z_image_mean), jnp.asarray(model.z_image_std)
-        z = generate.sample_prior(part, caption, null, keys, mean, std, None)
+        z = loops.sample_prior(part, caption, null, keys, mean, std, None)
     return np.asarray(z), np.asarray(cosine(z, caption.z_text))
 
 
