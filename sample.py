@@ -178,15 +178,13 @@ def main() -> None:
             progress=_shown(bars),
         )
     prompts = values.get("prompt", "")
-    told = {
+    told = {name: str(value) for name, value in values.items()} | {
+        "task": TASK.value,
         "seed": str(SEED.value),
         "model": model.path,
         "settings": f"steps {STEPS.value or 'default'}; "
         f"guidance {GUIDANCE.value or 'default'}",
     }
-    if TASK.value != "text_to_image":
-        told |= {name: str(value) for name, value in values.items()}
-        told["task"] = TASK.value
     for k, picture in enumerate(pictures):
         prompt = prompts if isinstance(prompts, str) else prompts[k // values["num"]]
         metadata = told | {"prompt": prompt, "picture": str(k)}
