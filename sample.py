@@ -31,6 +31,7 @@ TASKS = {
     "inpaint": Task(("image", "mask", "prompt"), ("num", "repeats")),
     "outpaint": Task(("image", "prompt"), ("num", "extend", "repeats")),
     "img2img": Task(("image", "prompt"), ("num", "strength")),
+    "pca": Task(("image",), ("components",)),
     "reconstruct": Task(("image",), ()),
 }
 TASK = flags.DEFINE_enum("task", "text_to_image", list(TASKS), "What to make.")
@@ -84,6 +85,7 @@ OF_TASKS = [
     ),
     flags.DEFINE_float("strength", None, "How much img2img may change: above 0, to 1."),
     flags.DEFINE_float("extend", None, "How much larger outpaint's canvas is."),
+    flags.DEFINE_list("components", None, "How many each picture of pca has: 1,2,4."),
     flags.DEFINE_integer("repeats", None, "How often inpainting takes a step."),
 ]
 
@@ -126,6 +128,13 @@ def task_values() -> dict[str, Any]:
         if len(given["prompt"]) > 1:
             raise UserError(f"--task={TASK.value} takes one --prompt")
         given["prompt"] = given["prompt"][0]
+    if "components" in given:
+        try:
+            given["components"] = [int(k) for k in given["components"]]
+        except ValueError:
+            raise UserError(
+                f"--components={','.join(given['components'])}: write numbers, as 1,2,4"
+            ) from None
     return given
 
 

@@ -12,6 +12,7 @@ _EDITS = (
     "embed",
     "interpolate",
     "invert",
+    "pca",
     "reconstruct",
     "text_diff",
     "variations",

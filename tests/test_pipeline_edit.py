@@ -7,6 +7,7 @@ from PIL import Image
 import dalle2_jax
 from dalle2_jax.data import image, shapes
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn import codes
 from dalle2_jax.pipeline import edit
 
 RED, BLUE = "a small red circle", "a large blue star on a black background"
@@ -129,6 +130,20 @@ def test_blends_of_pictures_and_captions(model, pictures):
     assert z.shape == (4, 32) and len(np.unique(z, axis=0)) == 4
 
 
+# PCA
+
+
+def test_pca_goes_from_the_mean_embedding_to_the_picture(model, pictures):
+    z = dalle2_jax.encode_image(model, pictures[0])
+    others = np.random.default_rng(1).normal(size=(100, 32)).astype(np.float32)
+    table = codes.fit(np.concatenate([z, others]), 32)
+    known = model._replace(codes=table)
+    views = edit.pca(known, pictures[0], components=[0, 32], **STEPS)
+    ends = edit.decode(model, np.stack([table.mean, z[0]]), **STEPS)
+    assert same(views, ends)
+    assert len(edit.pca(known, pictures[0], **STEPS)) == 6  # 1, 2, 4, 8, 16, 32
+
+
 # Text diffs
 
 
@@ -185,6 +200,9 @@ def test_what_cannot_be_done_is_told(model, pictures, tmp_path):
     refuse(lambda: edit.text_diff(model, a, RED, RED), "are the same to CLIP")
     refuse(lambda: edit.text_diff(model, a, "", RED), "empty")
     refuse(lambda: edit.text_diff(model, a, RED, BLUE, direction="up"), "'up'")
+    refuse(lambda: edit.pca(model, a), "no principal components", "ar_prior")
+    known = model._replace(codes=codes.fit(np.eye(32, dtype=np.float32), 4))
+    refuse(lambda: edit.pca(known, a, components=[5]), "[5]", "0 to 4")
     refuse(lambda: edit.blend(model), "nothing to blend")
     refuse(lambda: edit.blend(model, [a], weights=[1, 2]), "give 1 positive")
     refuse(lambda: edit.decode(model, np.zeros((1, 3))), "[1, 3]", "[n, 32]")

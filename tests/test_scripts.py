@@ -104,6 +104,7 @@ def test_data_that_train_refuses(tmp_path, prepare, message):
         (["--task=interpolate", "--image=a.png"], "needs --image2=FILE"),
         (["--task=text_diff", "--image=a", "--prompt=b"], "needs --prompt_from"),
         (["--task=reconstruct", "--image=a.png"], "there is no file a.png"),
+        (["--task=pca", "--image=a", "--components=1,b"], "--components=1,b"),
         (["--task=dream"], "dream"),
     ],
 )
@@ -142,6 +143,28 @@ def test_sample_writes_pictures_and_a_grid(tiny_models, tmp_path):
     assert picture.text["seed"] == "7"
     assert picture.text["model"] == str(tiny_models["upsampler"])
     assert "decoder=3" in picture.text["settings"]
+
+
+def test_a_task_writes_its_path_and_tells_what_it_was_given(tiny_models, tmp_path):
+    for name, colour in {"a": "red", "b": "blue"}.items():
+        Image.new("RGB", (40, 24), colour).save(tmp_path / f"{name}.png")
+    code, out, err = finish(
+        start(
+            "sample.py",
+            "--task=interpolate",
+            f"--image={tmp_path / 'a.png'}",
+            f"--image2={tmp_path / 'b.png'}",
+            "--frames=3",
+            "--steps=decoder=3,upsampler=2",
+            f"--model={tiny_models['upsampler']}",
+            f"--out={tmp_path / 'out'}",
+        )
+    )
+    assert code == 0, err
+    assert "3 pictures" in out
+    told = Image.open(tmp_path / "out" / "001.png").text
+    assert told["task"] == "interpolate" and told["frames"] == "3"
+    assert told["image2"] == str(tmp_path / "b.png")
 
 
 @pytest.mark.slow

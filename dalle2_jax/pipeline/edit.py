@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, UInt8
 
 from dalle2_jax.data import image
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn import codes
 from dalle2_jax.pipeline import generate, loops
 from dalle2_jax.pipeline.encode import (
     as_list,
@@ -316,6 +317,42 @@ def text_diff(
     x_T = np.broadcast_to(start.x_T, (len(path), *start.x_T.shape[1:]))
     settings |= _only(settings, "decoder", "upsampler")
     return decode(model, path, x_T, seed=seed, **settings)
+
+
+def pca(
+    model: Model,
+    picture: Any,
+    *,
+    components: Sequence[int] | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Pictures:
+    """A picture from ever more of its embedding (section 4, figure 7).
+
+    Each frame is decoded from z less all but its first principal components, those of
+    the training set's embeddings, and from the same white noise.
+
+    Args:
+      components: how many each frame has; by default powers of two, and all that the
+        model knows.
+
+    Raises:
+      UserError: a model without components, more of them than it knows, or as `decode`.
+    """
+    if model.codes is None:
+        raise UserError(
+            f"the model {model.path} has no principal components: they come with an "
+            "autoregressive prior (configs/ar_prior.py)"
+        )
+    most = model.codes.axes.shape[1]
+    if components is None:
+        components = [*(2**k for k in range((most - 1).bit_length())), most]
+    components = list(components)
+    if not components or not all(0 <= k <= most for k in components):
+        raise UserError(f"components is {components}: must be from 0 to {most}")
+    z = encode_image(model, as_one(picture))
+    views = [codes.project(model.codes, z, k) for k in components]
+    return decode(model, np.concatenate(views), seed=seed, **settings)
 
 
 def embed(
