@@ -8,6 +8,7 @@ measured. Inputs are drawn, so that what they show is known.
 """
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,7 @@ from dalle2_jax.evaluate import shapes as checker
 from dalle2_jax.train.cache import use_compilation_cache
 
 STEPS = {"decoder": 50}
+PLOT = Path(__file__).parents[1] / "docs" / "edits" / "eta.png"
 
 
 def enlarge(picture: np.ndarray) -> np.ndarray:
@@ -49,22 +51,52 @@ def inversion(model) -> None:
 
 
 def variations(model) -> None:
-    """How many variations still show the caption, and how far they are, over η."""
-    given = scenes(20, 0.5)
-    for eta in (0.0, 0.25, 0.5, 0.75, 1.0, None):
-        kept, distance = [], []
-        for scene in given:
-            picture = shapes.render(scene, 64)
-            varied = dalle2_jax.variations(
-                model, picture, eta=eta, num=2, steps=STEPS if eta is not None else None
-            )
-            kept += [right(v, shapes.caption(scene)) for v in varied]
-            distance.append(np.abs(varied - image.square(picture, 32).astype(float)))
-        print(
-            f"variations: eta {eta}: {np.mean(kept):.0%} right, "
-            f"distance {np.mean(distance):.1f}",
-            flush=True,
-        )
+    """What variations keep of a picture, by attribute, and how far they are, over η."""
+    given = scenes(20, 0.5) + scenes(20, 1.0, seed=8)
+    captions = [shapes.caption(s) for s in given]
+    squares = np.stack([shapes.render(s, 64) for s in given])
+    latent = dalle2_jax.invert(model, squares, steps=STEPS)
+    base = np.stack([image.square(p, 32) for p in squares]).astype(float)
+    etas = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    kept, distances = {}, []
+    print(f"| η | {' | '.join(checker.ATTRIBUTES)} | distance |")
+    print("| --- " * (len(checker.ATTRIBUTES) + 2) + "|")
+    for eta in etas:
+        verdicts, distance = [], []
+        for seed in range(2):
+            varied = dalle2_jax.decode(model, *latent, eta=eta, seed=seed, steps=STEPS)
+            verdicts += [
+                checker.judge(enlarge(v), c)
+                for v, c in zip(varied, captions, strict=True)
+            ]
+            distance.append(np.abs(varied - base).mean())
+        for name in checker.ATTRIBUTES:
+            of_all = [v[name] for v in verdicts if name in v]
+            kept.setdefault(name, []).append(np.mean(of_all))
+        distances.append(np.mean(distance))
+        row = " | ".join(f"{kept[name][-1]:.0%}" for name in checker.ATTRIBUTES)
+        print(f"| {eta:g} | {row} | {distances[-1]:.1f} |", flush=True)
+    plot(etas, kept, distances)
+
+
+def plot(etas, kept, distances) -> None:
+    """Writes docs/edits/eta.png; needs matplotlib (the dev extra)."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right_) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name, values in kept.items():
+        width = 2.5 if name == "all" else 1.2
+        left.plot(etas, np.multiply(values, 100), label=name, linewidth=width)
+    left.set(xlabel="η", ylabel="variations that keep it, %", ylim=(0, 103))
+    left.legend(frameon=False)
+    right_.plot(etas, distances)
+    right_.set(xlabel="η", ylabel="mean difference of pixels, of 255", ylim=0)
+    for axes in (left, right_):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PLOT, dpi=120)
 
 
 def text_diff(model) -> None:
@@ -132,32 +164,7 @@ def inpaint(model) -> None:
     print(f"inpaint: {np.mean(done):.0%} of {len(done)} show the caption", flush=True)
 
 
-def priors(model) -> None:
-    """Where the image embedding is from: captions shown, and how pictures differ."""
-    rng = np.random.default_rng(11)
-    captions = [
-        checker.make_caption(kind, rng)
-        for kind in ("single", "pair")
-        for _ in range(24)
-    ]
-    known = ["diffusion"] + ["autoregressive"] * (model.ar_prior is not None)
-    for scale in (1.0, 2.0, 4.0):
-        for prior in (*known, "none", "caption"):
-            pictures = dalle2_jax.text_to_image(
-                model, captions, num=2, prior=prior, guidance={"decoder": scale}
-            )
-            shown = np.mean(
-                [right(p, captions[k // 2]) for k, p in enumerate(pictures)]
-            )
-            apart = np.abs(pictures[::2].astype(float) - pictures[1::2]).mean()
-            print(
-                f"priors: {prior}, guidance {scale}: {shown:.0%} right, "
-                f"two of a caption differ by {apart:.1f}",
-                flush=True,
-            )
-
-
-ALL = {f.__name__: f for f in (inversion, variations, text_diff, inpaint, priors)}
+ALL = {f.__name__: f for f in (inversion, variations, text_diff, inpaint)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -4,7 +4,7 @@
         --config.base=runs/clip/model
 
 tiny        for tests.
-small       a laptop.
+small       a laptop, an hour: the bundled model.
 paper       the 1B autoregressive prior of Table 3 of arXiv 2204.06125: its latent
             decoder, which reads CLIP's text states. There is no text encoder beside it.
 
@@ -30,8 +30,8 @@ SIZES = {
         "net": dict(
             width=128, layers=4, heads=4, components=16, buckets=64, dot_products=16
         ),
-        "loop": dict(steps=1200, batch_size=64),
-        "optim": dict(warmup=200),
+        "loop": dict(steps=4000, batch_size=64),
+        "optim": dict(name="muon", warmup=200),
         "statistics_examples": 8192,
         "sampling": dict(guidance=1.0),
     },

@@ -43,6 +43,7 @@ if __name__ == "__main__":
         "text_diff",
         dalle2_jax.text_diff(model, red, RED, GREEN, frames=7, steps=STEPS),
     )
+    strip("pca", star[None], dalle2_jax.pca(model, star, steps=STEPS))
     mask = np.zeros(star.shape[:2], bool)
     mask[:, : mask.shape[1] // 2] = True
     painted = dalle2_jax.inpaint(

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from jaxtyping import install_import_hook
 
 DEVICES = "--xla_force_host_platform_device_count=8"
@@ -41,7 +42,12 @@ def tiny_models(tmp_path_factory):
     from configs import quickstart
     from train import train
 
-    workdir = tmp_path_factory.mktemp("quickstart")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers: the first one trains
+    workdir = folder / "quickstart"
     config = quickstart.get_config("tiny")
-    assert train(config, workdir)
+    with FileLock(f"{workdir}.lock"):
+        if not (workdir / "model").exists():
+            assert train(config, workdir)
     return {name: workdir / name / "model" for name in config.stages}
