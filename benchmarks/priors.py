@@ -41,7 +41,7 @@ def ablation(model) -> None:
     captions = [
         checker.make_caption(kind, rng)
         for kind in ("single", "pair")
-        for _ in range(48)
+        for _ in range(32)
     ]
     known = ["diffusion"] + ["autoregressive"] * (model.ar_prior is not None)
     print("| embedding | guidance | single, right | pair, right | diversity |")
