@@ -289,8 +289,12 @@ def test_a_signal_in_the_last_step_comes_too_late(whole, tmp_path):
 
 def test_a_second_signal_stops_at_once(tmp_path):
     events = {7: [lambda: signal.raise_signal(signal.SIGINT)] * 2}
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, batches=make_batches(events=events))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist has none
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, batches=make_batches(events=events))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_killed_run_resumes_exactly(whole, tmp_path):

@@ -14,7 +14,6 @@ every shape, follows from the network itself. The peers are PyTorch modules: ker
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,8 +26,6 @@ from dalle2_jax.convert.weights import Weights
 from dalle2_jax.nn import abstract
 
 Table = Mapping[str, str]
-
-THREADS = 4  # that read weights; each holds one at a time
 
 # What the parameters of a layer are called there.
 _LEAVES = {
@@ -80,18 +77,14 @@ def to_ours(
     wanted = _shapes(sources.values())
     checkpoint.check(_structs(shapes), _structs(wanted), weights.where)
 
-    def param(item: tuple[str, _Source]) -> Any:
-        path, source = item
+    def param(path: str, source: _Source) -> Any:
         arrays = [weights.read(name) for name in source.names]
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         array = array.reshape(source.shape)  # without leading axes
         array = array.transpose(_axes(path, array.ndim))
         return place(np.asarray(array, order="C"))
 
-    # To transpose takes longer than to read; numpy lets go of Python for it.
-    with ThreadPoolExecutor(THREADS) as pool:
-        params = dict(zip(sources, pool.map(param, sources.items()), strict=True))
-    return unflatten_dict(params, sep="/")
+    return unflatten_dict({k: param(k, v) for k, v in sources.items()}, sep="/")
 
 
 def to_theirs(
