@@ -94,7 +94,9 @@ def variance(model) -> None:
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """The Fréchet distance of two sets of vectors, beside the variance of the first."""
-    (m, s), (n, t) = ((x.mean(0), np.cov(x, rowvar=False)) for x in np.float64((a, b)))
+    (m, s), (n, t) = (
+        (x.mean(0), np.cov(x, rowvar=False)) for x in map(np.float64, (a, b))
+    )
     root = scipy.linalg.sqrtm(s @ t).real
     return (((m - n) ** 2).sum() + np.trace(s + t - 2 * root)) / np.trace(s)
 
