@@ -4,7 +4,8 @@
     python benchmarks/edits.py text_diff inpaint
 
 Pictures are the decoder's, of 32 px, enlarged for the checker: the upsampler is not
-measured. Inputs are drawn, so that what they show is known.
+measured. Inputs are drawn, so that what they show is known. `variations` also draws
+docs/edits/eta.png, with matplotlib (the dev extra).
 """
 
 import argparse
@@ -80,7 +81,6 @@ def variations(model) -> None:
 
 
 def plot(etas, kept, distances) -> None:
-    """Writes docs/edits/eta.png; needs matplotlib (the dev extra)."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -166,12 +166,18 @@ def inpaint(model) -> None:
 
 ALL = {f.__name__: f for f in (inversion, variations, text_diff, inpaint)}
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help=", ".join(ALL))
+
+def main(parts, about: str) -> None:
+    """Runs the parts that the command line names, or all, on a model's decoder."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("parts", nargs="*", help=", ".join(parts))
     parser.add_argument("--model", default=None)
     flags = parser.parse_args()
     use_compilation_cache()
-    loaded = dalle2_jax.load(*filter(None, [flags.model]))._replace(upsamplers=())
-    for part in flags.parts or ALL:
-        ALL[part](loaded)
+    model = dalle2_jax.load(*filter(None, [flags.model]))._replace(upsamplers=())
+    for name in flags.parts or parts:
+        parts[name](model)
+
+
+if __name__ == "__main__":
+    main(ALL, __doc__.splitlines()[0])

@@ -1,6 +1,6 @@
 """The priors of the bundled model beside one another, and how they are sampled.
 
-    python benchmarks/priors.py                     all, half an hour on two cores
+    python benchmarks/priors.py                     all
     python benchmarks/priors.py ablation variance cache
 
 ablation  the paper's section 5.1 in small: captions shown, by the checker of shapes,
@@ -11,7 +11,6 @@ cache     the autoregressive prior with its key/value cache and without: the sam
           and seconds.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from edits import right
+from edits import main, right
 
 import dalle2_jax
 from dalle2_jax.data import shapes
@@ -29,14 +28,12 @@ from dalle2_jax.evaluate import shapes as checker
 from dalle2_jax.nn import ar_prior
 from dalle2_jax.pipeline.encode import encode_caption
 from dalle2_jax.stages import prior
-from dalle2_jax.train.cache import use_compilation_cache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs
 from configs import prior as prior_config  # noqa: E402
 
 
 def ablation(model) -> None:
-    model = model._replace(upsamplers=())
     rng = np.random.default_rng(11)
     captions = [
         checker.make_caption(kind, rng)
@@ -115,7 +112,9 @@ def cache(model) -> None:
         else:
             params = network.init(jax.random.key(1), *network.example())["params"]
         ways = {
-            "cached": jax.jit(lambda p, n=network: _cached(n, p, caption, null, keys)),
+            "cached": jax.jit(
+                lambda p, n=network: ar_prior.sample(n, p, caption, null, keys)
+            ),
             "without": jax.jit(lambda p, n=network: _without(n, p, caption, keys)),
         }
         codes = {name: np.asarray(way(params)) for name, way in ways.items()}
@@ -128,10 +127,6 @@ def cache(model) -> None:
                 seconds[name].append(time.perf_counter() - start)
         with_cache, without = map(statistics.median, seconds.values())
         print(f"| {components} | {with_cache:.3f} | {without:.3f} |", flush=True)
-
-
-def _cached(network, params, caption, null, keys):
-    return ar_prior.sample(network, params, caption, null, keys)
 
 
 def _without(network, params, caption, keys):
@@ -157,11 +152,4 @@ def _without(network, params, caption, keys):
 ALL = {f.__name__: f for f in (ablation, variance, cache)}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help=", ".join(ALL))
-    parser.add_argument("--model", default=None)
-    flags = parser.parse_args()
-    use_compilation_cache()
-    loaded = dalle2_jax.load(*filter(None, [flags.model]))
-    for name in flags.parts or ALL:
-        ALL[name](loaded)
+    main(ALL, __doc__.splitlines()[0])
