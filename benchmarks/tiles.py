@@ -53,7 +53,7 @@ def memory() -> None:
         print(f"| {tile or 'none'} | {overlap} | {size:.2f} GB |", flush=True)
 
 
-def pictures(count: int = 16) -> None:
+def pictures(count: int = 8) -> None:
     """A line for each tile of the bundled upsampler, of scenes whose truth is known."""
     rng = np.random.default_rng(3)
     scenes = [shapes.sample_scene(rng, "train", 0.5) for _ in range(count)]
@@ -72,16 +72,7 @@ def pictures(count: int = 16) -> None:
     whole = draw(None, 0)
     print("| tile | overlap | mean | 99.9% | largest | to the truth |")
     print("|---|---|---|---|---|---|", flush=True)
-    for tile, overlap in (
-        (None, 0),
-        (96, 32),
-        (96, 64),
-        (64, 16),
-        (64, 32),
-        (64, 48),
-        (32, 8),
-        (32, 16),
-    ):
+    for tile, overlap in ((None, 0), (96, 32), (64, 32), (64, 16), (32, 8)):
         x = whole if tile is None else draw(tile, overlap)
         change = np.abs(x - whole)
         error = ((x - 127.5 * true) ** 2).mean()

@@ -117,6 +117,23 @@ def test_more_overlap_is_nearer_to_the_whole():
     assert error(16) < 0.15
 
 
+def test_memory_is_that_of_a_tile():
+    wide = convolution(1, 64)
+
+    def apply(x_t, t, cond):
+        return wide(x_t, t, cond)[..., ::22]
+
+    x_t = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+    def temporary(apply):
+        compiled = jax.jit(apply).lower(x_t, t, x_t).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(apply) > 4 * 64 * 256**2
+    assert temporary(tiles.tiled(apply, 64, 16, 1)) < temporary(apply) / 4
+
+
 @pytest.mark.parametrize(
     ("tile", "overlap", "message"),
     [
