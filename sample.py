@@ -44,6 +44,12 @@ DTYPE = flags.DEFINE_enum(
 OFFLOAD = flags.DEFINE_bool(
     "offload", False, "Keep on the device only the network that runs."
 )
+TILE = flags.DEFINE_integer(
+    "tile", None, "Upsample on tiles of so many pixels, in less memory."
+)
+OVERLAP = flags.DEFINE_integer(
+    "overlap", None, "Pixels that tiles share (a quarter of a tile)."
+)
 SEED = flags.DEFINE_integer("seed", 0, "Another seed, other pictures.")
 SIZE = flags.DEFINE_integer("size", None, "Side in pixels (the largest possible).")
 STEPS = flags.DEFINE_string(
@@ -171,7 +177,11 @@ def main() -> None:
 
     use_compilation_cache()
     model = dalle2_jax.load(
-        *filter(None, [MODEL.value]), dtype=DTYPE.value, offload=OFFLOAD.value
+        *filter(None, [MODEL.value]),
+        dtype=DTYPE.value,
+        offload=OFFLOAD.value,
+        tile=TILE.value,
+        overlap=OVERLAP.value,
     )
     out = make_directory(OUT.value)
     with Progress(
@@ -192,7 +202,7 @@ def main() -> None:
         "seed": str(SEED.value),
         "model": model.path,
         "settings": f"steps {STEPS.value or 'default'}; "
-        f"guidance {GUIDANCE.value or 'default'}",
+        f"guidance {GUIDANCE.value or 'default'}; tile {TILE.value or 'none'}",
     }
     for k, picture in enumerate(pictures):
         prompt = prompts if isinstance(prompts, str) else prompts[k // values["num"]]

@@ -127,8 +127,23 @@ def get_config(size: str = "small") -> ConfigDict:
     config.low_size = values["low_size"]  # side of the pictures it is given
     config.size = values["size"]  # and of those it makes
     config.data.crop_fraction = values["crop_fraction"]
-    # Of the low-resolution pictures in training, and how many of them are blurred.
-    config.blur = ConfigDict(dict(kernel=3, sigma=0.6, chance=0.5))
+    # What becomes of the low-resolution picture in training (section 2.1): "blur", or
+    # "bsr", which is far more diverse.
+    config.degrade = "bsr" if size == "paper_1024" else "blur"
+    # How many are blurred, and how much.
+    config.blur = ConfigDict(dict(chance=0.5, kernel=3, sigma=0.6))
+    # The paper doesn't say how strong. These ranges are those of latent diffusion
+    # (arXiv 2112.10752), which it cites; BSRGAN's, the defaults of data/degrade.py, are
+    # far stronger.
+    config.bsr = ConfigDict(
+        dict(
+            isotropic=(0.025, 0.7),
+            anisotropic=(0.125, 2.0),
+            noise=(1, 2),
+            jpeg=(80, 95),
+            jpeg_chance=0.9,
+        )
+    )
     config.diffusion = diffusion(variance="fixed_small", **values["diffusion"])
     config.sampling = sampling(guidance=1.0, **values["sampling"])
     # Whether the picture it is given is rounded to 8 bits: not in Karlo.

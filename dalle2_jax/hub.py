@@ -19,7 +19,11 @@ COPIES = ("*.fp16.*", "*.non_ema.*", "*/.*")
 
 
 def load(
-    *paths: str | Path, dtype: str = "float32", offload: bool = False
+    *paths: str | Path,
+    dtype: str = "float32",
+    offload: bool = False,
+    tile: int | None = None,
+    overlap: int | None = None,
 ) -> models.Model:
     """Loads a model, replicated over all devices.
 
@@ -35,12 +39,23 @@ def load(
       dtype: of the params and the activations: "float32", "bfloat16" or "float16".
       offload: keep the params in the host's memory, and on the devices only those of
         the network that runs.
+      tile: run upsamplers on tiles of so many pixels a side, in the memory that one
+        takes. Pictures differ a little from those made whole, the less the larger tile
+        and overlap are; a tile as large as the crops of its training loses nothing that
+        an upsampler has learnt to use.
+      overlap: of neighbouring tiles, in pixels; by default a quarter of a tile.
 
     Raises:
       UserError: a path is not a model and cannot be fetched, a file is damaged, or
-        names and shapes do not fit the networks that its config describes.
+        names and shapes do not fit the networks that its config describes, or the
+        tiles do not fit its upsamplers.
     """
-    return _load(paths or (checkpoint.BUNDLED,), dtype, offload, None)
+    model = _load(paths or (checkpoint.BUNDLED,), dtype, offload, None)
+    if tile is None:
+        if overlap is not None:
+            raise UserError(f"overlap={overlap}: give tile, too")
+        return model
+    return models.tiled(model, tile, tile // 4 if overlap is None else overlap)
 
 
 def load_clip(path: str | Path, *, dtype: str = "float32") -> models.Model:

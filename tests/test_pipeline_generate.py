@@ -83,6 +83,48 @@ def test_the_upsampler_sees_the_small_picture(model):
     assert np.abs(first - other).max() > 0.1
 
 
+def test_few_pictures_are_split_over_the_devices(model):
+    """Into strips, of which XLA exchanges the borders: the pictures are the same."""
+    part, low = (
+        model.upsamplers[0],
+        np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)),
+    )
+    arguments = jnp.float32(low), generate.picture_keys(0, 2)
+    split = generate.in_strips(part, model.devices, 2)
+    assert split.strips is not None
+    whole = loops.sample_upsampler(part, *arguments)
+    strips = loops.sample_upsampler(split, *arguments)
+    assert strips.sharding.shard_shape(strips.shape) == (2, 4, 32, 3)
+    np.testing.assert_allclose(strips, whole, atol=1e-4)
+    for other, count in (
+        (part, 8),
+        (part.replace(tile=16), 2),
+        (part.replace(size=24), 2),
+    ):
+        assert generate.in_strips(other, model.devices, count).strips is None
+
+
+def test_a_model_loaded_with_tiles(model, tiny_models):
+    """They are near the whole picture, with the same noise; edits have them, too."""
+    path = tiny_models["upsampler"]
+    tiled = dalle2_jax.load(path, tile=16, overlap=8)
+    assert (tiled.upsamplers[0].tile, tiled.upsamplers[0].overlap) == (16, 8)
+    assert dalle2_jax.load(path, tile=16).upsamplers[0].overlap == 4
+    whole = dalle2_jax.text_to_image(model, RED).astype(int)
+    tiles = dalle2_jax.text_to_image(tiled, RED).astype(int)
+    other = dalle2_jax.text_to_image(model, RED, seed=1).astype(int)
+    assert 0 < np.abs(tiles - whole).mean() < 0.2 * np.abs(other - whole).mean()
+    for settings, message in (
+        ({"tile": 15}, "tile=15: must be a multiple of 2"),
+        ({"tile": 16, "overlap": 16}, "overlap=16 of tiles of 16 px: .* from 0 to 14"),
+        ({"overlap": 8}, "overlap=8: give tile, too"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dalle2_jax.load(path, **settings)
+    with pytest.raises(UserError, match="tile=16: the model .* has no upsampler"):
+        dalle2_jax.load(tiny_models["decoder"], tile=16)
+
+
 def test_a_long_prompt_is_cut_with_a_warning(model):
     with pytest.warns(UserWarning, match="cut to the 22"):
         dalle2_jax.text_to_image(model, "a red circle " * 20, size=16)

@@ -99,6 +99,7 @@ def test_data_that_train_refuses(tmp_path, prepare, message):
         (["--prompt=a", "--steps=decoder=fast"], "fast"),
         (["--prompt=a", "--guidance=prior=high"], "'high'"),
         (["--prompt=a", "--num=many"], "many"),
+        (["--prompt=a", "--tile=15"], "tile=15: must be a multiple of 2"),
         (["--prompt=a", "--mask=b.png"], "text_to_image takes no --mask"),
         (["--task=variations"], "--task=variations needs --image=FILE"),
         (["--task=interpolate", "--image=a.png"], "needs --image2=FILE"),

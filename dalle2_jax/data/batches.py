@@ -60,6 +60,7 @@ def batches(
     step: int = 0,
     crop: str = "center",
     crop_fraction: float = 1.0,
+    degrade: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
     flip: bool = False,
     shuffle: bool = True,
     captions: bool = False,
@@ -74,6 +75,7 @@ def batches(
     batch_size / process_count rows. In a batch, with b such rows:
         NAME      uint8 [b, s, s, 3], for each NAME: s of `sizes`, all of one square,
                   which `crop` ("center" or "random") takes from the picture
+        low       uint8 [b, l, l, 3], what `degrade` makes of "image", if given
         tokens    int32 [b, context_length], unless tokenizer is None
         caption   list of b str, if `captions`
     With crop_fraction below 1, "image" is a random part of the picture at its size, of
@@ -131,12 +133,14 @@ def batches(
             if name == "image" and crop_fraction < 1:
                 picture = _random_part(picture, round(size * crop_fraction), rng)
             row[name] = picture
+        if degrade is not None:
+            row["low"] = degrade(row["image"], rng)
         return row
 
     def collate(loaded) -> tuple[dict, list[BadExample]]:
         rows, skipped = zip(*loaded, strict=True)
-        batch = {name: np.stack([row[name] for row in rows]) for name in sizes}
-        texts = [row["caption"] for row in rows]
+        texts = [row.pop("caption") for row in rows]
+        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         if tokenizer is not None:
             batch["tokens"] = tokenizer.encode(texts, context_length, warn=False)
         if captions:

@@ -141,10 +141,15 @@ class UNet(nn.Module):
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
+    @property
+    def unit(self) -> int:
+        """Pixels along a side of the deepest level's positions."""
+        return self.patch_size * 2 ** (len(self.multipliers) - 1)
+
     def example(self) -> tuple[Array, ...]:
         """Arguments of a call, for init and its shapes."""
-        side = self.patch_size * 2 ** (len(self.multipliers) - 1)
-        return jnp.zeros((1, side, side, self.in_channels)), jnp.zeros(1)
+        x = jnp.zeros((1, self.unit, self.unit, self.in_channels))
+        return x, jnp.zeros(1)
 
     def _check_widths(self) -> None:
         for level, multiplier in enumerate(self.multipliers):
@@ -171,7 +176,7 @@ class UNet(nn.Module):
 
         Args:
           x: noised image (and what is concatenated to it), [-1, 1] scale; h and w must
-            be divisible by patch_size · 2^(levels - 1).
+            be divisible by `unit`.
           t: timesteps as the training schedule counts them.
           vector: added to the timestep's embedding; its width is 4 · channels.
           context: more keys and values for every attention.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from dalle2_jax.data import image
@@ -202,7 +203,8 @@ def run(
 ) -> Iterator[tuple[str, Int[np.ndarray, " b"], Array]]:
     """Yields (stage, numbers of the pictures, what it made), a batch after the other.
 
-    The prior makes embeddings, the others pictures in [-1, 1].
+    The prior makes embeddings, the others pictures in [-1, 1]. Where pictures are fewer
+    than devices, there may be copies after them.
     """
     for rows in batches(len(request.tokens), model.devices.size, BATCH):
         for stage, x in run_batch(model, request, rows):
@@ -245,12 +247,28 @@ def run_batch(
     noise = randomness("decoder")
     x = loops.sample_decoder(model.decoder, z, caption, null, noise, start, known)
     yield "decoder", x.block_until_ready()
+    count = len(np.unique(rows))
     for part in model.upsamplers:
+        part = in_strips(part, model.devices, count)
+        if part.strips is not None:
+            x = x[:count]  # without those that fill the devices
         name = f"upsampler {part.size}"
-        x = loops.sample_upsampler(
-            part, x, randomness(name), _known(request, part.size)
-        )
+        noise, known = randomness(name)[: len(x)], _known(request, part.size)
+        x = loops.sample_upsampler(part, x, noise, known)
         yield name, x.block_until_ready()
+
+
+def in_strips(part: Part, devices: Mesh, count: int) -> Part:
+    """An upsampler that splits each picture over the devices, if there are fewer.
+
+    XLA exchanges the strips' borders and their sums for the norms, so that a picture is
+    the same. Not with tiles, nor where the deepest level's rows don't divide.
+    """
+    divides = part.size % (part.network.unit * devices.size) == 0
+    if count < devices.size and divides and part.tile is None:
+        rows = PartitionSpec(None, *devices.axis_names)
+        part = part.replace(strips=NamedSharding(devices, rows))
+    return part
 
 
 def _known(request: Request, size: int) -> tuple[Array, Array] | None:

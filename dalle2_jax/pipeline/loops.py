@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dalle2_jax.data import image
-from dalle2_jax.diffusion import generate, sample
+from dalle2_jax.diffusion import generate, sample, tiles
 from dalle2_jax.nn import ar_prior
 from dalle2_jax.nn.clip import Caption, cosine
 from dalle2_jax.nn.codes import Codes, decode
@@ -207,9 +207,14 @@ def sample_upsampler(
     def network(params: Any) -> generate.Apply:
         def apply(x_t: Array, t: Array, low: Array) -> Array:
             x = jnp.concatenate([x_t, low], axis=-1)
+            if upsampler.strips is not None:
+                x = jax.lax.with_sharding_constraint(x, upsampler.strips)
             return upsampler.network.apply({"params": params}, x, t)
 
-        return apply
+        if upsampler.tile is None:
+            return apply
+        unit = upsampler.network.unit
+        return tiles.tiled(apply, upsampler.tile, upsampler.overlap, unit)
 
     draw = _draw(randomness, _UPSAMPLER + upsampler.size, low.shape[1:])
     return generate.generate(

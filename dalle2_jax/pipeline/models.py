@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from dalle2_jax import checkpoint
 from dalle2_jax.data import tokenizer
+from dalle2_jax.diffusion import tiles
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import abstract
 from dalle2_jax.nn.ar_prior import ARPrior
@@ -37,6 +38,8 @@ class Part:
     ``diffusion`` and ``sampling`` are the sections that diffusion.generate explains;
     ``size`` is the side of the pictures it makes, ``low_size`` of those it is given.
     ``last`` are the params of a second network of the kind for the last step, if any.
+    With a ``tile`` the network is run on tiles of so many pixels with that ``overlap``;
+    with ``strips``, a sharding of [b, h, w, c] over h, each device makes a strip.
     """
 
     params: Any
@@ -46,6 +49,9 @@ class Part:
     size: int | None = static()
     low_size: int | None = static()
     last: Any = None
+    tile: int | None = static(default=None)
+    overlap: int = static(default=0)
+    strips: NamedSharding | None = static(default=None)
 
 
 class Model(NamedTuple):
@@ -155,6 +161,16 @@ def assemble(
         codes=_codes(model, path),
         devices=devices,
     )
+
+
+def tiled(model: Model, tile: int, overlap: int) -> Model:
+    """The model with its upsamplers run on tiles; see `load`."""
+    if not model.upsamplers:
+        raise UserError(f"tile={tile}: the model {model.path} has no upsampler")
+    for part in model.upsamplers:
+        tiles.check(tile, overlap, part.network.unit)
+    parts = [part.replace(tile=tile, overlap=overlap) for part in model.upsamplers]
+    return model._replace(upsamplers=tuple(parts))
 
 
 def require(model: Model, *names: str) -> None:

@@ -155,6 +155,7 @@ def make_batches(
     sizes: Mapping[str, int],
     text: tokenizer.Tokenizer | None = None,
     context_length: int | None = None,
+    degrade: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
 ) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
     """Stage.batches from ``config.data``: pictures of the sizes by name, and tokens.
 
@@ -172,6 +173,7 @@ def make_batches(
             sizes=sizes,
             crop=data.crop,
             crop_fraction=data.crop_fraction,
+            degrade=degrade,
             flip=data.flip,
             context_length=context_length,
             threads=data.threads,

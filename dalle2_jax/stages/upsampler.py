@@ -1,14 +1,18 @@
 """The upsampler stages: a picture at several times its side (64→256, 256→1024)."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from dalle2_jax.data import image, tokenizer
+from dalle2_jax.data import degrade, image, tokenizer
 from dalle2_jax.diffusion import generate, sample, schedule
+from dalle2_jax.errors import UserError
 from dalle2_jax.nn.unet import UNet
 from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
@@ -35,31 +39,36 @@ def make(config: ConfigDict) -> Stage:
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     size, low_size = config.size, config.low_size
     name = f"upsampler_{size}"
-    blur = config.blur.to_dict()
+    blur, bsr = config.blur.to_dict(), _bsr(config)
     chance = blur.pop("chance")
 
     def denoise(params: Any, low: Array, x_t: Array, t: Array, **kwargs: Any) -> Array:
         x = jnp.concatenate([x_t, low], axis=-1)
         return model.apply({"params": params}, x, t, **kwargs)
 
-    def degrade(x0: Float[Array, "b s s 3"], key: Array) -> Float[Array, "b s s 3"]:
-        """The low-resolution picture as the network sees it, resized back.
+    def see(
+        batch: Batch, key: Array
+    ) -> tuple[Float[Array, "b s s 3"], Float[Array, "b s s 3"]]:
+        """x0, and the low-resolution picture as the network sees it, resized back.
 
         Some are blurred, and some not, as none are in sampling (CDM, arXiv 2106.15282).
         """
+        x0 = image.to_float(batch["image"])
         side = x0.shape[1]
-        low = image.resize(x0, side * low_size // size)
-        blurred = jax.random.bernoulli(key, chance, (len(low), 1, 1, 1))
-        low = jnp.where(blurred, image.gaussian_blur(low, **blur), low)
-        return image.resize(low, side)
+        if bsr is None:
+            low = image.resize(x0, side * low_size // size)
+            blurred = jax.random.bernoulli(key, chance, (len(low), 1, 1, 1))
+            low = jnp.where(blurred, image.gaussian_blur(low, **blur), low)
+        else:
+            low = image.to_float(batch["low"])
+        return x0, image.resize(low, side)
 
     def init(key: Array) -> Any:
         return model.init(key, *model.example())["params"]
 
     def losses(params: Any, batch: Batch, key: Array, train: bool) -> Array:
-        x0 = image.to_float(batch["image"])
-        key, key_blur, key_dropout = jax.random.split(key, 3)
-        low = degrade(x0, key_blur)
+        key, key_low, key_dropout = jax.random.split(key, 3)
+        x0, low = see(batch, key_low)
         rngs = {"dropout": key_dropout}
         return denoising_loss(
             lambda x_t, t: denoise(params, low, x_t, t, train=train, rngs=rngs),
@@ -76,9 +85,9 @@ def make(config: ConfigDict) -> Stage:
         return {"loss": losses(params, batch, key, False)}
 
     def preview(params: Any, frozen: Any, batch: Batch, key: Array):
-        shown = batch["image"][:16]
-        key, key_blur = jax.random.split(key)
-        low = degrade(image.to_float(shown), key_blur)
+        shown = jax.tree.map(lambda x: x[:16], batch)
+        key, key_low = jax.random.split(key)
+        _, low = see(shown, key_low)
         x = generate.generate(
             lambda x_t, t, low: denoise(params, low, x_t, t),
             low,
@@ -90,7 +99,7 @@ def make(config: ConfigDict) -> Stage:
         return {
             "low": image.to_uint8(low),
             "sampled": image.to_uint8(x),
-            "true": shown,
+            "true": shown["image"],
         }
 
     def export(params: Any) -> dict[str, Any]:
@@ -112,7 +121,18 @@ def make(config: ConfigDict) -> Stage:
         loss=loss,
         metrics=metrics,
         preview=preview,
-        batches=make_batches(config, {"image": size}),
+        batches=make_batches(config, {"image": size}, degrade=bsr),
         export=export,
         start=start_params(config, origin, name, net, init),
     )
+
+
+def _bsr(config: ConfigDict) -> Callable[..., np.ndarray] | None:
+    """What degrades pictures on the host, or None: they are blurred on the device."""
+    if config.degrade == "blur":
+        return None
+    if config.degrade != "bsr":
+        raise UserError(f"degrade={config.degrade!r}: must be 'blur' or 'bsr'")
+    side = round(config.size * config.data.crop_fraction)
+    low_side = side * config.low_size // config.size
+    return partial(degrade.bsr, size=low_side, **config.bsr)
