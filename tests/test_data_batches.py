@@ -12,7 +12,8 @@ from PIL import Image
 
 from dalle2_jax.data import tokenizer
 from dalle2_jax.data.batches import batches
-from dalle2_jax.data.sources import BadExample, Source, open_source
+from dalle2_jax.data.examples import BadExample, Source
+from dalle2_jax.data.sources import open_source
 from dalle2_jax.errors import UserError
 
 SIZES = {"image": 8}

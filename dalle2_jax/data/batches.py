@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from dalle2_jax.data import image as images
-from dalle2_jax.data.sources import BadExample, Source, as_list
+from dalle2_jax.data.examples import BadExample, Source, as_list
 from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.errors import UserError
 
