@@ -13,6 +13,7 @@ from PIL import Image
 from dalle2_jax.data import tokenizer
 from dalle2_jax.data.batches import batches
 from dalle2_jax.data.examples import BadExample, Source
+from dalle2_jax.data.mixture import mix
 from dalle2_jax.data.sources import open_source
 from dalle2_jax.errors import UserError
 
@@ -204,6 +205,13 @@ def test_the_report_counts_what_was_handed_out_only():
 
 
 def check_workers():
+    mixed = mix([numbered(20), open_source("shapes")], [1, 1], 3)
+    iterator = iterate(mixed, workers=2, sizes={"image": 16})
+    assert_equal(
+        take(3, mixed, sizes={"image": 16}), [next(iterator) for _ in range(3)]
+    )
+    iterator.close()
+
     source = numbered(20, bad=(3, 7))
     expected = take(9, source, **CHANCE)
     iterator = iterate(source, **CHANCE, workers=2, step=2)

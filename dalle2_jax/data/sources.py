@@ -10,9 +10,11 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,7 @@ from dalle2_jax.data.examples import (
     select,
 )
 from dalle2_jax.data.image import EXTENSIONS
+from dalle2_jax.data.mixture import mix
 from dalle2_jax.data.tars import webdataset
 from dalle2_jax.errors import UserError, first_line
 
@@ -55,7 +58,10 @@ def open_source(
     "tfds"        a data set prepared as array_record: its folder, or its name and
                   `data_dir`. `tfds_split` is what TFDS calls its split, `image` and
                   `caption` are its fields, as "captions/text".
-    All but shapes take `holdout`, the fraction of the pictures that make up the split
+    "mixture"     no path. `parts`: each a dict of source (a kind), path, weight and
+                  options, which has its own split; see mixture.mix. `defaults`: by
+                  kind, the options that parts don't give.
+    All with a path take `holdout`, the fraction of the pictures that make up the split
     "heldout"; the others are "train". With fewer than 10 pictures, or a holdout of 0,
     both splits are all of them. And `keep`, a file with the keys of the examples that
     are read, as `python -m dalle2_jax.filter` writes it; all others are as if they were
@@ -122,6 +128,33 @@ def _shapes(split: str, seed: int, *, pairs: float = 0.5, contrast: int = 1) -> 
         }
 
     return Source("shapes", range(ENDLESS), read, endless=True)
+
+
+# several of them
+
+
+def _mixture(
+    split: str,
+    seed: int,
+    *,
+    parts: Sequence[Any],
+    defaults: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> Source:
+    opened, weights = [], []
+    for part in parts:
+        if not isinstance(part, Mapping) or not {"source", "weight"} <= part.keys():
+            raise UserError(
+                f"a part of a mixture is {part!r}: it must be as {{'source': 'folder', "
+                "'path': '/pictures', 'weight': 1.0}"
+            )
+        kind = part["source"]
+        if kind == "mixture":
+            raise UserError("a mixture can't be part of a mixture: list its parts")
+        given = {"path": None, **(defaults[kind] if kind in defaults else {}), **part}
+        del given["source"]
+        weights.append(given.pop("weight"))
+        opened.append(open_source(kind, split=split, seed=seed, **given))
+    return mix(opened, weights, seed)
 
 
 # a folder
@@ -285,8 +318,9 @@ def _feature(features, path: str):
 # Those that need a path give a Listing, the others a Source.
 OPENERS: dict[str, Callable[..., Listing | Source]] = {
     "shapes": _shapes,
+    "mixture": _mixture,
     "folder": _folder,
     "webdataset": webdataset,
     "tfds": _tfds,
 }
-PATHLESS = ("shapes",)
+PATHLESS = ("shapes", "mixture")

@@ -184,11 +184,19 @@ def make_batches(
 
 
 def open_source(config: ConfigDict, split: str) -> sources.Source:
-    """The pictures and captions that ``config.data`` names."""
+    """The pictures and captions that ``config.data`` names.
+
+    The parts of a mixture have the options of ``config.data`` that they don't give.
+    """
     data = config.data
-    options = data[data.source].to_dict() if data.source in sources.OPENERS else {}
+    sections = {kind: data[kind].to_dict() for kind in sources.OPENERS if kind in data}
+    given = sections[data.source] if data.source in sections else {}
+    if data.source == "mixture":
+        given["defaults"] = sections
+    if data.keep:
+        given["keep"] = data.keep
     return sources.open_source(
-        data.source, data.path, split=split, seed=config.seed, **options
+        data.source, data.path, split=split, seed=config.seed, **given
     )
 
 
