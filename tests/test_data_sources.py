@@ -97,6 +97,52 @@ def test_folder_with_metadata(folder):
     assert sources.captions(source) == ["zero", "one", "uno"]
 
 
+def test_captions_that_are_not_utf8_are_bad(folder):
+    (folder / "0.txt").write_bytes("café".encode("latin-1"))
+    (folder / "1.txt").write_bytes("café".encode("utf-8-sig"))
+    source = open_source("folder", folder)
+    with pytest.raises(BadExample, match="caption not UTF-8: .*0.png"):
+        source[0]
+    assert source[1]["caption"] == "café"
+    lines = (
+        b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "\xe9"}'
+    )
+    (folder / "metadata.jsonl").write_bytes(lines)
+    source = open_source("folder", folder)
+    assert source[0]["caption"] == "a"
+    with pytest.raises(BadExample, match="caption not UTF-8: .* line 2"):
+        source[1]
+
+
+def test_keep_reads_only_what_it_lists(folder, tmp_path):
+    lines = [{"file_name": f"{i % 3}.png", "caption": f"{i}"} for i in range(12)]
+    text = "\n".join(map(json.dumps, lines))
+    (folder / "metadata.jsonl").write_text(text)
+    keys = [open_source("folder", folder, **ALL)[i]["key"] for i in range(12)]
+    assert keys[:4] == ["0.png", "1.png", "2.png", "0.png #2"]
+    keep = tmp_path / "keep.jsonl"
+    keep.write_text("".join(json.dumps({"key": k}) + "\n" for k in [*keys[3:], "x"]))
+    source = open_source("folder", folder, keep=keep, **ALL)
+    assert [source[i]["caption"] for i in range(len(source))] == [
+        str(i) for i in range(3, 12)
+    ]
+    # Captions of one picture are held out together.
+    every = {s: open_source("folder", folder, s, holdout=0.3) for s in sources.SPLITS}
+    names = [{s[i]["key"][:5] for i in range(len(s))} for s in every.values()]
+    assert [len(s) for s in every.values()] == [8, 4] and not names[0] & names[1]
+
+    keep.write_text('{"key": "x"}\n')
+    with pytest.raises(UserError, match="has none of the 12 examples of folder"):
+        open_source("folder", folder, keep=keep)
+    keep.write_text("x\n")
+    with pytest.raises(UserError, match="is not a list of keys"):
+        open_source("folder", folder, keep=keep)
+    with pytest.raises(UserError, match="cannot read keep=nowhere"):
+        open_source("folder", folder, keep="nowhere")
+    with pytest.raises(UserError, match='"shapes" has no option "keep"'):
+        open_source("shapes", keep=keep)
+
+
 def test_folder_errors(folder, tmp_path):
     with pytest.raises(UserError, match="there is no folder .*nowhere"):
         open_source("folder", tmp_path / "nowhere")

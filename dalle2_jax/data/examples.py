@@ -81,7 +81,10 @@ class Source:
 
 
 def select(
-    listing: Listing, split: str, holdout: float = HOLDOUT, keep: str | None = None
+    listing: Listing,
+    split: str,
+    holdout: float | int = HOLDOUT,
+    keep: str | Path | None = None,
 ) -> Source:
     """One split's examples. Their keys tell who is held out, whatever their order.
 

@@ -1,13 +1,18 @@
 """Tar shards in webdataset's layout, here or at any URL that fsspec reads."""
 
+import contextlib
+import hashlib
 import itertools
 import json
 import logging
 import os
 import re
 import tarfile
+import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 from dalle2_jax.data.examples import BadExample, Listing, caption_of, clean, decode
 from dalle2_jax.data.image import EXTENSIONS
@@ -15,13 +20,24 @@ from dalle2_jax.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
+# What pip installs for a protocol whose file system is not there.
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+# Members are usually smaller than this, and so an index is read in few requests; of
+# larger ones no more than their headers.
+BLOCK = 2**20
+# By what file systems tell that a file has changed.
+VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified")
+
+# By key and extension: where a member's bytes begin and end.
+Index = dict[str, dict[str, Sequence[int]]]
+
 
 def webdataset(path: str) -> Listing:
     """Tars are read where they are, at random: an index tells where a member lies."""
     fs, shards = _shards(path)
     keys, examples, incomplete = [], [], 0
     with ThreadPoolExecutor() as pool:
-        indices = list(pool.map(partial(_members, fs), shards))
+        indices = list(pool.map(partial(_index, fs), shards))
     for shard, index in zip(shards, indices, strict=True):
         for key, members in index.items():
             picture = next((members[e] for e in EXTENSIONS if e in members), None)
@@ -46,7 +62,7 @@ def webdataset(path: str) -> Listing:
             data = fs.cat_file(shard, *picture)
         except OSError as error:
             raise BadExample("cannot read the tar", keys[i]) from error
-        if len(data) < picture[1] - picture[0]:
+        if len(data) < picture[1] - picture[0] or len(caption) < text[1] - text[0]:
             raise BadExample("tar cut short", keys[i])
         caption = decode(caption, keys[i])
         if kind == ".json":
@@ -82,7 +98,16 @@ def _shards(path: str):
             shards += sorted(found)
     except UserError:
         raise
-    except (ImportError, ValueError, OSError) as error:
+    except ImportError as error:
+        protocol = path.partition("://")[0]
+        if protocol not in EXTRAS:
+            raise UserError(f"cannot read {path}: {first_line(error)}") from error
+        raise UserError(
+            f"cannot read {path}: {protocol}:// needs another package, pip install "
+            f"'dalle2_jax[{EXTRAS[protocol]}]'"
+        ) from error
+    # File systems raise errors of their own, of the network's and of permissions.
+    except Exception as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
     return fs, shards
 
@@ -106,11 +131,51 @@ def _expand_braces(pattern: str) -> list[str]:
     )
 
 
-def _members(fs, shard: str) -> dict[str, dict[str, tuple[int, int]]]:
-    """Key to extension to where the member's bytes begin and end."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
+def _index(fs, shard: str) -> Index:
+    """Where a tar's members lie; of one that is not here, remembered in a file."""
     try:
-        with fs.open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        file = _remembered(fs, shard)
+        if file is not None and file.is_file():
+            with contextlib.suppress(ValueError):
+                return json.loads(file.read_text())
+        index, whole = _members(fs, shard)
+    except OSError as error:
+        raise UserError(f"cannot read {shard}: {first_line(error)}") from error
+    if file is not None and whole:
+        with contextlib.suppress(OSError):  # it is read again next time
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
+                json.dump(index, new)
+            os.replace(new.name, file)
+    return index
+
+
+def _remembered(fs, shard: str) -> Path | None:
+    """The file of a remote tar's index, named by all that changes with the tar.
+
+    None for a tar that is here, and where it couldn't be told that it has changed.
+    """
+    from fsspec.implementations.local import LocalFileSystem
+
+    info = fs.info(shard)
+    versions = [str(info[name]) for name in VERSIONS if name in info]
+    if isinstance(fs, LocalFileSystem) or not versions:
+        return None
+    what = [fs.unstrip_protocol(shard), str(info["size"]), *versions]
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = hashlib.sha256("\n".join(what).encode()).hexdigest()
+    return Path(cache) / "dalle2_jax" / "tars" / f"{name}.json"
+
+
+def _members(fs, shard: str) -> tuple[Index, bool]:
+    """Where members begin and end, and whether the tar is whole."""
+    members: Index = {}
+    options = {"block_size": BLOCK, "cache_type": "readahead"}
+    try:
+        with (
+            fs.open(shard, "rb", **options) as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
             for member in tar:
                 key, extension = os.path.splitext(member.name)
                 if member.isfile():
@@ -121,8 +186,8 @@ def _members(fs, shard: str) -> dict[str, dict[str, tuple[int, int]]]:
             log.warning(
                 "%s is damaged after %d examples: %s", shard, len(members), error
             )
-            return members
+            return members, False
         raise UserError(
             f"{shard} is not a tar, or a compressed one, which cannot be read at random"
         ) from error
-    return members
+    return members, True
