@@ -39,7 +39,7 @@ def common(stage: str) -> ConfigDict:
     config.tensorboard = False
 
     config.data = ConfigDict()
-    config.data.source = "shapes"  # shapes, folder, webdataset, tfds or mixture
+    config.data.source = "shapes"  # a kind of data/sources.py
     config.data.path = ""
     config.data.keep = ""  # file of the keys to read, of python -m dalle2_jax.filter
     config.data.crop = "center"  # how a picture is made square: center or random
@@ -51,6 +51,7 @@ def common(stage: str) -> ConfigDict:
     config.data.shapes = ConfigDict(dict(pairs=0.5, contrast=1))
     config.data.folder = ConfigDict(dict(holdout=0.02))
     config.data.webdataset = ConfigDict(dict(holdout=0.02))
+    config.data.embeddings = ConfigDict(dict(holdout=0.02))
     config.data.tfds = ConfigDict(
         dict(holdout=0.02, tfds_split="train", image="image", caption="caption")
     )

@@ -6,6 +6,7 @@ Every source is a random-access sequence of examples, dicts with the keys
     key      str, to name the example in messages
 """
 
+import ast
 import inspect
 import json
 import logging
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dalle2_jax.data import shapes
+from dalle2_jax.data.embeddings import embeddings
 from dalle2_jax.data.examples import (
     ENDLESS,
     SPLITS,
@@ -58,6 +60,8 @@ def open_source(
     "tfds"        a data set prepared as array_record: its folder, or its name and
                   `data_dir`. `tfds_split` is what TFDS calls its split, `image` and
                   `caption` are its fields, as "captions/text".
+    "embeddings"  a folder of CLIP's embeddings of another source, as
+                  `python -m dalle2_jax.embed` makes it.
     "mixture"     no path. `parts`: each a dict of source (a kind), path, weight and
                   options, which has its own split; see mixture.mix. `defaults`: by
                   kind, the options that parts don't give.
@@ -89,6 +93,28 @@ def open_source(
         return opener(split, seed, **options)
     chosen = {name: options.pop(name) for name in ("holdout", "keep") & options.keys()}
     return select(opener(os.fspath(path), **options), split, **chosen)
+
+
+def open_all(
+    kind: str, path: str = "", split: str = "", options: Sequence[str] = ()
+) -> Source:
+    """Opens a source as commands name it, to be read once from its first example on.
+
+    Without a split all of its examples are read (of shapes those of "train"). Options
+    are as "NAME=VALUE", the value in Python's way of writing it, or a plain word.
+    """
+    given: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"option {option!r}: write NAME=VALUE")
+        try:
+            given[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            given[name] = value
+    if not split and kind not in PATHLESS:
+        given["holdout"] = 0.0
+    return open_source(kind, path, split or "train", **given)
 
 
 def captions(source: Source, limit: int = 20_000) -> list[str]:
@@ -322,5 +348,6 @@ OPENERS: dict[str, Callable[..., Listing | Source]] = {
     "folder": _folder,
     "webdataset": webdataset,
     "tfds": _tfds,
+    "embeddings": embeddings,
 }
 PATHLESS = ("shapes", "mixture")
