@@ -14,7 +14,7 @@ where JAX knows of them, or as --process_count and --process_index say.
 A program calls pipeline.embed instead: the name dalle2_jax.embed is a function's.
 """
 
-from pathlib import Path
+import os
 
 from absl import flags
 
@@ -83,7 +83,7 @@ def main() -> None:
     metadata = embed(
         clip,
         source,
-        Path(OUT.value).expanduser(),
+        os.path.expanduser(OUT.value),
         settings,
         batch_size=BATCH_SIZE.value,
         threads=THREADS.value,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from dalle2_jax.data import embeddings
 from dalle2_jax.data.batches import batches
 from dalle2_jax.data.examples import BadExample
 from dalle2_jax.data.sources import open_source
+from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.errors import UserError
 from tests.pictures import png
 
 SETTINGS = {"clip": "1234", "image_size": 8, "shards": 2}
 ALL = {"holdout": 0.0}
+TOKENIZER = Mock(spec=Tokenizer)  # tokens are in the folder
 
 
 def example(i, name="picture"):
@@ -72,7 +75,7 @@ def test_batches_have_them_with_the_tokens_of_the_caption(tmp_path):
     source = open_source("embeddings", tmp_path, **ALL)
     given = {"batch_size": 8, "seed": 0, "captions": True, "embeddings": True}
     for sizes in ({}, {"image": 8}):
-        batch = next(batches(source, object(), sizes=sizes, **given))
+        batch = next(batches(source, TOKENIZER, sizes=sizes, **given))
         assert ("image" in batch) == bool(sizes)
         for z, words, caption in zip(
             batch["z_image"], batch["tokens"], batch["caption"], strict=True
@@ -103,7 +106,7 @@ def test_a_mixture_of_embeddings(tmp_path):
     source = mixture("one", "two")
     assert source.embedded == ("1234", 8)
     batch = next(
-        batches(source, object(), batch_size=8, seed=0, sizes={}, embeddings=True)
+        batches(source, TOKENIZER, batch_size=8, seed=0, sizes={}, embeddings=True)
     )
     assert batch["z_image"].shape == (8, 3)
     with pytest.raises(UserError, match="only with embeddings, of the same CLIP"):

@@ -103,7 +103,6 @@ def test_embeddings(tmp_path):
         ("duplicate", 2),
         ("duplicate", 0),
     ]
-    assert rules.embedding_problems([], [], limits) == []
 
 
 def test_classifier_errors(tmp_path):
@@ -116,7 +115,7 @@ def test_classifier_errors(tmp_path):
             rules.read_classifier(tmp_path / name)
     limits = Limits(classifier=rules.Classifier(np.ones(3, np.float32), 0.0))
     with pytest.raises(UserError, match="of 3 dimensions, .* have 2"):
-        rules.embedding_problems([np.ones(2)], [np.ones((1, 2))], limits)
+        rules.embedding_problems(np.ones((1, 2)), [np.ones((1, 2))], limits)
 
 
 @pytest.mark.parametrize("block", [1, 7, 16, 1024])

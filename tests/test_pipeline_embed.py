@@ -143,8 +143,8 @@ def losses(name, base, steps=3, **data):
         updates, state = optimizer.update(grads, state)
         params = optax.apply_updates(params, updates)
         found.append(float(loss))
-    batch = next(stage.batches("heldout", 0))
-    metrics = stage.metrics(params, stage.frozen, batch, key)
+    batch = jax.tree.map(jnp.asarray, next(stage.batches("heldout", 0)))
+    metrics = jax.jit(stage.metrics)(params, stage.frozen, batch, key)
     return [*found, *np.asarray(metrics["loss"])], batch
 
 

@@ -36,12 +36,12 @@ def begin(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
       UserError: the folder can't be written, has something else in it, or was begun
         with other settings.
     """
-    folder = Path(folder)
     if "://" in str(folder):
         raise UserError(
             f"out={folder} is a URL: give a directory, for instance where the bucket "
             "is mounted"
         )
+    folder = Path(folder)
     wanted = {"format": FORMAT, **settings}
     # In this order, for other processes may be beginning the same.
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()

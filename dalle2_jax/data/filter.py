@@ -153,7 +153,7 @@ def unit(z: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
 
 
 def embedding_problems(
-    z_image: Sequence[Float[np.ndarray, " d"]],
+    z_image: Float[np.ndarray, "n d"],
     z_text: Sequence[Float[np.ndarray, "_ d"]],
     limits: Limits,
 ) -> list[tuple[str, int | None] | None]:
@@ -165,9 +165,7 @@ def embedding_problems(
       z_image: of the pictures.
       z_text: of each one's captions.
     """
-    if not len(z_image):
-        return []
-    z = unit(np.stack(z_image).astype(np.float32))
+    z = unit(z_image.astype(np.float32))
     problems: list[tuple[str, int | None] | None] = [None] * len(z)
     for i, captions in enumerate(z_text):
         worst = (unit(captions.astype(np.float32)) @ z[i]).min()
@@ -243,7 +241,8 @@ def near_duplicates(
             old = slice(j * block, (j + 1) * block)
             first = np.asarray(_first(rows[new], rows[old], kept[old], threshold))
             found = np.where((found < 0) & (first >= 0), first + old.start, found)
-        alike = np.asarray(_alike(jnp.asarray(rows[new]), rows[new], threshold))
+        own = jnp.asarray(rows[new])
+        alike = np.asarray(_alike(own, own, threshold))
         for k in range(block):  # within the block one after the other
             if found[k] >= 0:
                 continue

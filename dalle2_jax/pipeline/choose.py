@@ -1,6 +1,5 @@
 """Which examples of a source are worth training on, by the rules of data/filter.py."""
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,21 +93,21 @@ def choose(
                 yield row
 
     rows = encode.encode_examples(model, left(), batch_size) if computes else left()
-    if compares:
-        rows = list(rows)
-        z = [row["z_image"] for row in rows], [row["z_text"] for row in rows]
-        problems = rules.embedding_problems(*z, limits)
-    else:
-        problems = itertools.repeat(None)
-    keys, kept = [], []
-    for row, problem in zip(rows, problems, strict=compares):
-        keys.append(row["key"])
+    rows = list(rows)
+    keys = [row["key"] for row in rows]
+    problems: Sequence[Any] = [None] * len(rows)
+    if compares and rows:
+        z_image = np.stack([row["z_image"] for row in rows])
+        z_text = [row["z_text"] for row in rows]
+        problems = rules.embedding_problems(z_image, z_text, limits)
+    kept = []
+    for key, problem in zip(keys, problems, strict=True):
         if problem is None:
-            kept.append(row["key"])
+            kept.append(key)
             continue
         rule, first = problem
         same = {} if first is None else {"of": keys[first]}
-        removed.append({"key": row["key"], "rule": rule, **same})
+        removed.append({"key": key, "rule": rule, **same})
     by_rule = Counter(row["rule"] for row in removed) + bad
     return kept, removed, {"examples": count, "kept": len(kept), "removed": by_rule}
 

@@ -19,7 +19,7 @@ from dalle2_jax.pipeline.models import Model
 def embed(
     clip: Model,
     source: Source,
-    out: Path,
+    out: str | Path,
     settings: Mapping[str, Any],
     *,
     batch_size: int = 64,
