@@ -80,7 +80,7 @@ def test_embeddings(tmp_path):
     assert score[0] == ("clip score", None)  # the worst of its captions: cos 45°
 
     save_file(
-        {"weights": np.float32([1, -1]), "bias": np.float32(0.5)},
+        {"weights": np.float32([1, -1]), "bias": np.array(0.5, np.float32)},
         tmp_path / "c.safetensors",
     )
     np.savez(tmp_path / "c.npz", weights=np.float64([1, -1]))

@@ -8,7 +8,6 @@ processes or threads, nor on where the iteration began.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -116,15 +115,6 @@ def batches(
     if workers < 0:
         raise UserError(f"workers is {workers}; the least, for none, is 0")
 
-    prepared = partial(
-        prepare,
-        sizes=sizes,
-        crop=crop,
-        crop_fraction=crop_fraction,
-        flip=flip,
-        embeddings=embeddings,
-    )
-
     def load(position: int, index: int) -> tuple[dict, list[BadExample]]:
         skipped = []
         for attempt in range(TRIES):
@@ -133,13 +123,33 @@ def batches(
                 index = int(chance.integers(len(source)))
             rng = np.random.default_rng((seed, position))
             try:
-                return prepared(source[index], rng), skipped
+                return prepare(source[index], rng), skipped
             except BadExample as bad:
                 skipped.append(bad)
         raise UserError(
             f"{TRIES} examples in a row of {source.name} are unusable; the last: "
             f"{skipped[-1]}"
         )
+
+    def prepare(example: dict, rng: np.random.Generator) -> dict:
+        choices = as_list(example["caption"])
+        choice = rng.integers(len(choices))
+        row = {"caption": choices[choice]}
+        if embeddings:
+            row["z_image"] = np.asarray(example["z_image"], np.float32)
+            row["tokens"] = example["tokens"][choice]
+        if not sizes:
+            return row
+        square = square_of(example, max(sizes.values()), crop, rng)
+        mirrored = flip and rng.random() < 0.5
+        for name, size in sizes.items():
+            picture = square(size)
+            if mirrored:
+                picture = picture[:, ::-1]
+            if name == "image" and crop_fraction < 1:
+                picture = _random_part(picture, round(size * crop_fraction), rng)
+            row[name] = picture
+        return row
 
     def collate(loaded) -> tuple[dict, list[BadExample]]:
         rows, skipped = zip(*loaded, strict=True)
@@ -167,40 +177,6 @@ def batches(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
     return Batches(_in_workers(dataset, workers))
-
-
-def prepare(
-    example: Mapping[str, Any],
-    rng: np.random.Generator,
-    *,
-    sizes: Mapping[str, int],
-    crop: str = "center",
-    crop_fraction: float = 1.0,
-    flip: bool = False,
-    embeddings: bool = False,
-) -> dict[str, Any]:
-    """The row that `batches` makes of an example, its caption still a text.
-
-    Raises BadExample if its picture can't be read.
-    """
-    choices = as_list(example["caption"])
-    choice = rng.integers(len(choices))
-    row: dict[str, Any] = {"caption": choices[choice]}
-    if embeddings:
-        row["z_image"] = np.asarray(example["z_image"], np.float32)
-        row["tokens"] = example["tokens"][choice]
-    if not sizes:
-        return row
-    square = square_of(example, max(sizes.values()), crop, rng)
-    mirrored = flip and rng.random() < 0.5
-    for name, size in sizes.items():
-        picture = square(size)
-        if mirrored:
-            picture = picture[:, ::-1]
-        if name == "image" and crop_fraction < 1:
-            picture = _random_part(picture, round(size * crop_fraction), rng)
-        row[name] = picture
-    return row
 
 
 def in_order(

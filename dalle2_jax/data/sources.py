@@ -1,9 +1,10 @@
-"""Where captioned pictures come from: shapes, a folder, tar shards, TFDS.
+"""Where captioned pictures come from: shapes, a folder, tars, TFDS, or a mixture.
 
 Every source is a random-access sequence of examples, dicts with the keys
     image    bytes of a file, a PIL image, or a function from a size to uint8 [h, w, 3]
     caption  str, or a list of them to choose from
-    key      str, to name the example in messages
+    key      str, of no other example
+With CLIP's embeddings there are also those that data/embeddings.py describes.
 """
 
 import ast
