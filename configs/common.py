@@ -39,8 +39,9 @@ def common(stage: str) -> ConfigDict:
     config.tensorboard = False
 
     config.data = ConfigDict()
-    config.data.source = "shapes"  # shapes, folder, webdataset or tfds
+    config.data.source = "shapes"  # a kind of data/sources.py
     config.data.path = ""
+    config.data.keep = ""  # file of the keys to read, of python -m dalle2_jax.filter
     config.data.crop = "center"  # how a picture is made square: center or random
     config.data.crop_fraction = 1.0  # of the side, for training on crops
     config.data.flip = False  # horizontally, at random
@@ -50,10 +51,13 @@ def common(stage: str) -> ConfigDict:
     config.data.shapes = ConfigDict(dict(pairs=0.5, contrast=1))
     config.data.folder = ConfigDict(dict(holdout=0.02))
     config.data.webdataset = ConfigDict(dict(holdout=0.02))
+    config.data.embeddings = ConfigDict(dict(holdout=0.02))
     config.data.tfds = ConfigDict(
         dict(holdout=0.02, tfds_split="train", image="image", caption="caption")
     )
     config.data.tfds.data_dir = placeholder(str)
+    # Each {"source": KIND, "path": PATH, "weight": WEIGHT}, and options as above.
+    config.data.mixture = ConfigDict(dict(parts=()))
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # or muon or adafactor

@@ -27,12 +27,15 @@ def get_config(size: str = "small") -> ConfigDict:
     steps = row(STEPS, size, "quickstart")
     config = ConfigDict()
     config.stages = tuple(STAGES)
-    config.data = ConfigDict(dict(source="shapes", path=""))
+    config.data = ConfigDict(dict(source="shapes", path="", keep=""))
+    config.data.mixture = ConfigDict(dict(parts=()))
     for name, module in STAGES.items():
         config[name] = module.get_config(size)
         config[name].steps = steps[name]
-        config[name].data.update(
-            source=config.data.get_ref("source"), path=config.data.get_ref("path")
+        data = config[name].data
+        data.update(
+            {key: config.data.get_ref(key) for key in ("source", "path", "keep")}
         )
+        data.mixture.parts = config.data.mixture.get_ref("parts")
         config[name].optim.warmup = min(config[name].optim.warmup, steps[name] // 5)
     return config

@@ -10,6 +10,7 @@ a directory with everything that sampling needs, and nothing pickled:
 """
 
 import contextlib
+import hashlib
 import json
 import shutil
 import tempfile
@@ -181,6 +182,16 @@ def check(params: Any, abstract: Any, where: str | Path) -> None:
     if any(problems.values()):
         listed = "; ".join(f"{k}: {_some(v)}" for k, v in problems.items() if v)
         raise UserError(f"{where} does not fit this config: {listed}")
+
+
+def fingerprint(params: Any) -> str:
+    """SHA-256 of the names, shapes and values (as float32) of a tree of params."""
+    digest = hashlib.sha256()
+    for name, value in sorted(flatten_dict(dict(params), sep="/").items()):
+        array = np.ascontiguousarray(value, np.float32)
+        digest.update(f"{name} {np.shape(value)}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
 
 
 class Run:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from dalle2_jax import checkpoint
@@ -66,6 +67,24 @@ def load_clip(path: str | Path, *, dtype: str = "float32") -> models.Model:
     model = _load((path,), dtype, False, ("clip",))
     models.require(model, "clip")
     return model
+
+
+def load_local_clip(
+    path: str | Path, *, dtype: str = "float32"
+) -> tuple[models.Model, str]:
+    """CLIP on the devices of this process alone, and its fingerprint.
+
+    Its params are float32, as those that stages read; `dtype` is of the activations.
+    Args and Raises: see `load`.
+    """
+    folder = checkpoint.BUNDLED if path == "bundled" else find(path)
+    export = karlo.read_any(folder, only=("clip",))
+    devices = models.mesh(jax.local_devices())
+    placed = jax.tree.map(models.placer(devices), export.params)
+    whole = [(str(path), export._replace(params=placed))]
+    model = models.assemble(whole, devices, jnp.dtype(dtype))
+    models.require(model, "tokenizer", "clip")
+    return model, checkpoint.fingerprint(export.params["clip"])
 
 
 def _load(

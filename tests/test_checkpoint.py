@@ -279,3 +279,16 @@ def test_changes():
         "optim.b2 unset -> 0.99",
         "steps 10 -> 20",
     ]
+
+
+def test_fingerprints_tell_names_shapes_and_values():
+    tree = {"b": {"kernel": np.ones((2, 3), np.float32)}, "a": np.float32(2)}
+    prints = [
+        checkpoint.fingerprint(tree),
+        checkpoint.fingerprint({"a": tree["a"], "b": tree["b"]}),
+        checkpoint.fingerprint(jax.tree.map(np.float16, tree)),
+        checkpoint.fingerprint({**tree, "a": np.float32(2.001)}),
+        checkpoint.fingerprint({**tree, "b": {"kernel": np.ones((3, 2))}}),
+        checkpoint.fingerprint({"b": tree["b"], "c": tree["a"]}),
+    ]
+    assert prints[0] == prints[1] == prints[2] and len(set(prints)) == 4

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 from dalle2_jax.data import tokenizer
-from dalle2_jax.data.batches import batches
-from dalle2_jax.data.sources import BadExample, Source, open_source
+from dalle2_jax.data.batches import batches, count_bad, in_order
+from dalle2_jax.data.examples import BadExample, Source
+from dalle2_jax.data.mixture import mix
+from dalle2_jax.data.sources import open_source
 from dalle2_jax.errors import UserError
 
 SIZES = {"image": 8}
@@ -203,6 +205,13 @@ def test_the_report_counts_what_was_handed_out_only():
 
 
 def check_workers():
+    mixed = mix([numbered(20), open_source("shapes")], [1, 1], 3)
+    iterator = iterate(mixed, workers=2, sizes={"image": 16})
+    assert_equal(
+        take(3, mixed, sizes={"image": 16}), [next(iterator) for _ in range(3)]
+    )
+    iterator.close()
+
     source = numbered(20, bad=(3, 7))
     expected = take(9, source, **CHANCE)
     iterator = iterate(source, **CHANCE, workers=2, step=2)
@@ -226,6 +235,20 @@ def test_workers_give_the_same_batches_and_errors():
         text=True,
     )
     assert result.returncode == 0 and "leaked" not in result.stderr, result.stderr
+
+
+def test_in_order_has_each_example_once():
+    def make(example):
+        if example["key"] == "5":
+            raise BadExample("refused", "5")
+        return int(example["key"])
+
+    source, counts = numbered(20, bad=(3, 7, 19)), {}
+    found = list(in_order(source, range(2, 19), make, threads=3))
+    assert len(found) == 17 and isinstance(found[1], BadExample)
+    good = list(count_bad(found, counts))
+    assert good == [i for i in range(2, 19) if i not in (3, 5, 7)]
+    assert counts == {"no caption": 2, "refused": 1}
 
 
 def test_all_bad_is_an_error():

@@ -1,50 +1,20 @@
 """Sources: what they read, what they hold out, what they skip and what they refuse."""
 
-import io
 import json
-import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import textwrap
 
-import fsspec
 import pytest
-from PIL import Image
 
 from dalle2_jax.data import shapes, sources
-from dalle2_jax.data.sources import BadExample, open_source
+from dalle2_jax.data.examples import BadExample
+from dalle2_jax.data.sources import open_source
 from dalle2_jax.errors import UserError
+from tests.pictures import captioned, every, png, write_tar
 
 ALL = {"holdout": 0.0}
-
-
-def png(value=0):
-    file = io.BytesIO()
-    Image.new("RGB", (8, 6), (value, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(file, members):
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, data in members.items():
-            data = data.encode() if isinstance(data, str) else data
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def captioned(keys, extension="txt"):
-    members = {}
-    for key in keys:
-        members[f"{key}.png"] = png(int(key))
-        members[f"{key}.{extension}"] = f"picture {key}"
-    return members
-
-
-def every(source):
-    return {source[i]["caption"]: source[i]["image"] for i in range(len(source))}
 
 
 # Shapes
@@ -127,6 +97,52 @@ def test_folder_with_metadata(folder):
     assert sources.captions(source) == ["zero", "one", "uno"]
 
 
+def test_captions_that_are_not_utf8_are_bad(folder):
+    (folder / "0.txt").write_bytes("café".encode("latin-1"))
+    (folder / "1.txt").write_bytes("café".encode("utf-8-sig"))
+    source = open_source("folder", folder)
+    with pytest.raises(BadExample, match="caption not UTF-8: .*0.png"):
+        source[0]
+    assert source[1]["caption"] == "café"
+    lines = (
+        b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "\xe9"}'
+    )
+    (folder / "metadata.jsonl").write_bytes(lines)
+    source = open_source("folder", folder)
+    assert source[0]["caption"] == "a"
+    with pytest.raises(BadExample, match="caption not UTF-8: .* line 2"):
+        source[1]
+
+
+def test_keep_reads_only_what_it_lists(folder, tmp_path):
+    lines = [{"file_name": f"{i % 3}.png", "caption": f"{i}"} for i in range(12)]
+    text = "\n".join(map(json.dumps, lines))
+    (folder / "metadata.jsonl").write_text(text)
+    keys = [open_source("folder", folder, **ALL)[i]["key"] for i in range(12)]
+    assert keys[:4] == ["0.png", "1.png", "2.png", "0.png #2"]
+    keep = tmp_path / "keep.jsonl"
+    keep.write_text("".join(json.dumps({"key": k}) + "\n" for k in [*keys[3:], "x"]))
+    source = open_source("folder", folder, keep=keep, **ALL)
+    assert [source[i]["caption"] for i in range(len(source))] == [
+        str(i) for i in range(3, 12)
+    ]
+    # Captions of one picture are held out together.
+    every = {s: open_source("folder", folder, s, holdout=0.3) for s in sources.SPLITS}
+    names = [{s[i]["key"][:5] for i in range(len(s))} for s in every.values()]
+    assert [len(s) for s in every.values()] == [8, 4] and not names[0] & names[1]
+
+    keep.write_text('{"key": "x"}\n')
+    with pytest.raises(UserError, match="has none of the 12 examples of folder"):
+        open_source("folder", folder, keep=keep)
+    keep.write_text("x\n")
+    with pytest.raises(UserError, match="is not a list of keys"):
+        open_source("folder", folder, keep=keep)
+    with pytest.raises(UserError, match="cannot read keep=nowhere"):
+        open_source("folder", folder, keep="nowhere")
+    with pytest.raises(UserError, match='"shapes" has no option "keep"'):
+        open_source("shapes", keep=keep)
+
+
 def test_folder_errors(folder, tmp_path):
     with pytest.raises(UserError, match="there is no folder .*nowhere"):
         open_source("folder", tmp_path / "nowhere")
@@ -158,113 +174,6 @@ def test_a_picture_that_vanishes_is_bad(folder):
         source[1]
 
 
-# Tars
-
-
-@pytest.fixture
-def shards(tmp_path):
-    for shard in range(3):
-        with open(tmp_path / f"a-{shard:03d}.tar", "wb") as file:
-            write_tar(file, captioned([f"{4 * shard + i}" for i in range(4)]))
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("pattern", "count"),
-    [
-        ("a-000.tar", 4),
-        ("a-{000..002}.tar", 12),
-        ("a-{000,002}.tar", 8),
-        ("{a,a}-{000..001}.tar", 16),
-        ("a-*.tar", 12),
-        ("a-00[12].tar", 8),
-        ("", 12),
-    ],
-)
-def test_tars_by_pattern(shards, pattern, count):
-    source = open_source("webdataset", f"{shards}/{pattern}", **ALL)
-    assert len(source) == count
-    for caption, data in every(source).items():
-        assert data == png(int(caption.split()[1]))
-
-
-def test_tars_at_a_url():
-    with fsspec.open("memory://tars/b-0.tar", "wb") as file:
-        write_tar(file, captioned("123"))
-    source = open_source("webdataset", "memory://tars/b-*.tar")
-    assert sorted(every(source)) == ["picture 1", "picture 2", "picture 3"]
-    with pytest.raises(UserError, match="there is no tar at memory://tars/c"):
-        open_source("webdataset", "memory://tars/c-{0..1}.tar")
-
-
-def test_tars_of_any_order_and_layout(tmp_path):
-    members = {
-        "../../evil.png": png(1),  # a key and never a file
-        "b/x.y.JPG": png(2),
-        "alone.png": png(),
-        "text only.txt": "x",
-        "b/x.y.json": json.dumps({"caption": "from json", "other": 1}),
-        "../../evil.txt": "outside",
-        "c.webp": png(3),
-        "c.json": json.dumps({"text": ["three", "drei"]}),
-    }
-    with open(tmp_path / "a.tar", "wb") as file:
-        write_tar(file, members)
-    source = open_source("webdataset", str(tmp_path / "a.tar"))
-    found = {source[i]["key"]: source[i]["caption"] for i in range(len(source))}
-    assert found == {
-        "a.tar:../../evil": "outside",
-        "a.tar:b/x.y": "from json",
-        "a.tar:c": ["three", "drei"],
-    }
-    assert os.listdir(tmp_path) == ["a.tar"]
-
-
-def test_tars_with_bad_captions(tmp_path):
-    members = {f"{i}.png": png() for i in range(4)}
-    members |= {"0.txt": " \n", "1.json": "{", "2.json": "[1]", "3.json": "3"}
-    with open(tmp_path / "a.tar", "wb") as file:
-        write_tar(file, members)
-    source = open_source("webdataset", str(tmp_path / "a.tar"))
-    reasons = []
-    for i in range(4):
-        with pytest.raises(BadExample) as bad:
-            source[i]
-        reasons.append(bad.value.reason)
-    assert reasons == ["empty caption", "caption not JSON", *["no caption"] * 2]
-    assert sources.captions(source) == []
-
-
-def test_a_tar_cut_short_gives_what_is_left(shards, caplog):
-    path = shards / "a-000.tar"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:3072])  # within the second picture's members
-    source = open_source("webdataset", str(path))
-    assert list(every(source)) == ["picture 0"]
-
-
-def test_tar_errors(shards, tmp_path):
-    for pattern in ("b.tar", "b-*.tar", "{b,c}.tar"):
-        with pytest.raises(UserError, match="there is no tar at"):
-            open_source("webdataset", f"{shards}/{pattern}")
-    with pytest.raises(UserError, match="empty range"):
-        open_source("webdataset", f"{shards}/a-{{2..0}}.tar")
-    bad = tmp_path / "bad.tar"
-    bad.write_bytes(b"this is no tar" * 100)
-    with pytest.raises(UserError, match="bad.tar is not a tar"):
-        open_source("webdataset", str(bad))
-    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
-        tar.add(shards / "a-000.tar")
-    with pytest.raises(UserError, match="or a compressed one"):
-        open_source("webdataset", str(tmp_path / "c.tar.gz"))
-    with open(tmp_path / "d.tar", "wb") as file:
-        write_tar(file, {"0.png": png()})
-    with pytest.raises(UserError, match="found no pictures with captions"):
-        open_source("webdataset", str(tmp_path / "d.tar"))
-    with pytest.raises(UserError, match="cannot read nonsense://x.tar: Protocol"):
-        open_source("webdataset", "nonsense://x.tar")
-
-
 # TFDS
 
 BUILDER = """
@@ -272,6 +181,7 @@ BUILDER = """
     import tensorflow_datasets as tfds
     from PIL import Image
 
+    
     class Tiny(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
 
@@ -373,6 +283,14 @@ def test_tfds_errors(tfds_dir, tmp_path):
 
 
 # All of them
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for shard in range(3):
+        with open(tmp_path / f"a-{shard:03d}.tar", "wb") as file:
+            write_tar(file, captioned([f"{4 * shard + i}" for i in range(4)]))
+    return tmp_path
 
 
 def test_holdout_splits_without_overlap(shards):

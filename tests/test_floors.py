@@ -33,6 +33,7 @@ FLOORS = {
     "plan": 5,
     "doctor": 5,
     "embed": 5,
+    "filter": 5,
 }
 # A network doesn't know that it is denoising, nor the loop what it trains.
 FORBIDDEN = {("nn", "diffusion"), ("train", "stages")}

@@ -7,18 +7,21 @@ processes or threads, nor on where the iteration began.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, TypeVar
 
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from dalle2_jax.data import image as images
-from dalle2_jax.data.sources import BadExample, Source, as_list
+from dalle2_jax.data.examples import BadExample, Source, as_list
 from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 TRIES = 100  # examples in a row that may be bad
 
 
@@ -64,6 +67,7 @@ def batches(
     flip: bool = False,
     shuffle: bool = True,
     captions: bool = False,
+    embeddings: bool = False,
     threads: int = 4,
     workers: int = 0,
     process_index: int = 0,
@@ -78,6 +82,7 @@ def batches(
         low       uint8 [b, l, l, 3], what `degrade` makes of "image", if given
         tokens    int32 [b, context_length], unless tokenizer is None
         caption   list of b str, if `captions`
+        z_image   float32 [b, d], if `embeddings`; the source must have them
     With crop_fraction below 1, "image" is a random part of the picture at its size, of
     that fraction of its side. `flip` mirrors half of the pictures, whose captions must
     not speak of left and right. `shuffle` orders each epoch anew; endless sources are
@@ -102,6 +107,13 @@ def batches(
         raise UserError(f"{source.name} has no examples")
     if seed < 0:
         raise UserError(f"the seed is {seed}; it must be 0 or more")
+    if source.embedded is not None:
+        _check_pictures(source, sizes)
+        if embeddings and (flip or crop != "center"):
+            raise UserError(
+                f"the embeddings of {source.name} are of the middle of each picture: "
+                'crop must be "center" and flip False'
+            )
     if workers < 0:
         raise UserError(f"workers is {workers}; the least, for none, is 0")
 
@@ -123,8 +135,14 @@ def batches(
 
     def prepare(example: dict, rng: np.random.Generator) -> dict:
         choices = as_list(example["caption"])
-        row = {"caption": choices[rng.integers(len(choices))]}
-        square = _square(example, max(sizes.values()), crop, rng)
+        choice = rng.integers(len(choices))
+        row = {"caption": choices[choice]}
+        if embeddings:
+            row["z_image"] = np.asarray(example["z_image"], np.float32)
+            row["tokens"] = example["tokens"][choice]
+        if not sizes:
+            return row
+        square = square_of(example, max(sizes.values()), crop, rng)
         mirrored = flip and rng.random() < 0.5
         for name, size in sizes.items():
             picture = square(size)
@@ -141,7 +159,9 @@ def batches(
         rows, skipped = zip(*loaded, strict=True)
         texts = [row.pop("caption") for row in rows]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        if tokenizer is not None:
+        if tokenizer is None:
+            batch.pop("tokens", None)
+        elif "tokens" not in batch:
             batch["tokens"] = tokenizer.encode(texts, context_length, warn=False)
         if captions:
             batch["caption"] = texts
@@ -160,27 +180,95 @@ def batches(
     dataset = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
+    return Batches(_in_workers(dataset, workers))
+
+
+def in_order(
+    source: Source,
+    indices: range,
+    make: Callable[[dict], T],
+    threads: int = 4,
+    workers: int = 0,
+) -> Iterator[T | BadExample]:
+    """What `make` makes of the examples, one after the other and each once.
+
+    In place of an unusable one comes its BadExample, which `make` may raise, too.
+    """
+    import grain
+
+    def load(i: int) -> T | BadExample:
+        try:
+            return make(source[indices[int(i)]])
+        except BadExample as bad:
+            return bad
+
+    dataset = (
+        grain.MapDataset.range(len(indices))
+        .map(load)
+        .to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=4 * threads))
+    )
+    yield from _in_workers(dataset, workers)
+
+
+def count_bad(
+    found: Iterable[T | BadExample], counts: MutableMapping[str, int]
+) -> Iterator[T]:
+    """Passes on what is good, and counts what is bad by its reason."""
+    for row in found:
+        if isinstance(row, BadExample):
+            counts[row.reason] = counts.get(row.reason, 0) + 1
+        else:
+            yield row
+
+
+def _in_workers(dataset, workers: int):
+    """The data set's iterator, with so many processes that prepare what it gives."""
+    import grain
+
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads its own, which need a program
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
         )
-    return Batches(iter(dataset))
+    return iter(dataset)
 
 
-def _square(
-    example: dict, largest: int, crop: str, rng: np.random.Generator
+def _check_pictures(source: Source, sizes: Mapping[str, int]) -> None:
+    largest, have = max(sizes.values(), default=0), source.embedded.image_size or 0
+    if largest > have:
+        what = f"pictures of {have} px" if have else "no pictures"
+        raise UserError(
+            f"{source.name} has {what}, and {largest} px are needed: make it with "
+            f"--image_size={largest}"
+        )
+
+
+def square_of(
+    example: Mapping[str, Any],
+    largest: int,
+    crop: str = "center",
+    rng: np.random.Generator | None = None,
 ) -> Callable[[int], np.ndarray]:
-    """The picture's square as a function of the size wanted."""
+    """A picture's square as a function of the size wanted, uint8 [size, size, 3].
+
+    Raises BadExample if it can't be read.
+    """
     picture = example["image"]
     if callable(picture):
         return picture
+    square = images.crop_square(read_picture(example, largest), crop, rng)
+    return lambda size: images.resize_square(square, size)
+
+
+def read_picture(
+    example: Mapping[str, Any], at_least: int | None = None
+) -> Image.Image:
+    """The example's picture, see image.read; BadExample if it can't be read."""
     try:
-        square = images.crop_square(images.read(picture, largest), crop, rng)
+        return images.read(example["image"], at_least)
     except UserError as error:
         raise BadExample("unreadable picture", f"{example['key']} ({error})") from error
-    return lambda size: images.resize_square(square, size)
 
 
 def _random_part(

@@ -1,6 +1,7 @@
 """CLIP alone: embeddings of captions and of pictures."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,12 +33,19 @@ def encode_text(clip: Model, texts: str | Sequence[str]) -> Float[np.ndarray, "n
     if not texts:
         raise UserError("no captions: give at least one")
     tokens = clip.tokenizer.encode(texts, clip.clip.network.context_length)
+    return encode_tokens(clip, tokens)
+
+
+def encode_tokens(
+    clip: Model, tokens: Int[np.ndarray, "n l"], most: int = BATCH
+) -> Float[np.ndarray, "n d"]:
+    """z_text of captions, `most` at once on a device."""
 
     def some(rows: np.ndarray) -> np.ndarray:
         words = jax.device_put(tokens[rows], spread(clip))
         return np.asarray(encode_caption(clip.clip, words).z_text)
 
-    return in_batches(some, len(tokens), clip.devices.size, BATCH)
+    return in_batches(some, len(tokens), clip.devices.size, most)
 
 
 def encode_image(clip: Model, images: Any) -> Float[np.ndarray, "n d"]:
@@ -52,23 +60,67 @@ def encode_image(clip: Model, images: Any) -> Float[np.ndarray, "n d"]:
     Raises:
       UserError: a picture can't be read, or the model has no image tower.
     """
-    require(clip, "clip")
-    network = clip.clip.network
-    if network.image_size is None:
-        raise UserError(
-            f"the CLIP of {clip.path} has no image tower: load it together with the "
-            "CLIP that it was trained with (for Karlo openai/clip-vit-large-patch14)"
-        )
+    size = image_size(clip)
     images = as_list(images)
     if not images:
         raise UserError("no pictures: give at least one")
-    pictures = np.stack([image.clip_input(x, network.image_size) for x in images])
+    return encode_squares(clip, np.stack([image.clip_input(x, size) for x in images]))
+
+
+def encode_squares(
+    clip: Model, pictures: UInt8[np.ndarray, "n s s 3"], most: int = BATCH
+) -> Float[np.ndarray, "n d"]:
+    """z_image of pictures of CLIP's size, `most` at once on a device."""
 
     def some(rows: np.ndarray) -> np.ndarray:
         seen = jax.device_put(pictures[rows], spread(clip))
         return np.asarray(encode_pictures(clip.clip, seen))
 
-    return in_batches(some, len(pictures), clip.devices.size, BATCH)
+    return in_batches(some, len(pictures), clip.devices.size, most)
+
+
+def encode_examples(
+    clip: Model, examples: Iterable[dict[str, Any]], most: int = BATCH
+) -> Iterator[dict[str, Any]]:
+    """Adds CLIP's embeddings to examples, one after the other.
+
+    Args:
+      examples: dicts with `clip_image`, uint8 [s, s, 3] of CLIP's size, which they
+        lose, and `captions`, list of n str.
+      most: pictures at once on a device.
+
+    Yields:
+      Each with `z_image`, float32 [d], `z_text`, float32 [n, d], and `tokens`, int32
+      [n, l]; captions that are too long are cut.
+    """
+    length = clip.clip.network.context_length
+    examples = iter(examples)
+    while rows := list(itertools.islice(examples, most * clip.devices.size)):
+        captions = [caption for row in rows for caption in row["captions"]]
+        tokens = clip.tokenizer.encode(captions, length, warn=False)
+        pictures = np.stack([row.pop("clip_image") for row in rows])
+        ends = np.cumsum([len(row["captions"]) for row in rows])[:-1]
+        found = zip(
+            rows,
+            encode_squares(clip, pictures, most),
+            np.split(encode_tokens(clip, tokens, most), ends),
+            np.split(tokens, ends),
+            strict=True,
+        )
+        for row, z_image, z_text, own in found:
+            yield {**row, "z_image": z_image, "z_text": z_text, "tokens": own}
+
+
+def image_size(clip: Model) -> int:
+    """The side of the pictures that CLIP's image tower takes; UserError without one."""
+    require(clip, "clip")
+    size = clip.clip.network.image_size
+    if size is None:
+        raise UserError(
+            f"the CLIP of {clip.path} has no image tower: load it together with the "
+            "CLIP that it was trained with (for Karlo openai/clip-vit-large-patch14)"
+        )
+    return size
 
 
 def clip_score(

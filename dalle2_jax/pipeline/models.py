@@ -94,9 +94,11 @@ _NETWORKS = {
 }
 
 
-def mesh() -> Mesh:
-    """All devices, over which pictures are spread."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """All devices, or those given, over which pictures are spread."""
+    count = jax.device_count() if devices is None else len(devices)
+    auto = (AxisType.Auto,)
+    return jax.make_mesh((count,), ("data",), axis_types=auto, devices=devices)
 
 
 def placer(

@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
-from dalle2_jax.data import image
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import codes
 from dalle2_jax.nn.ar_prior import ARPrior, sample
@@ -24,9 +23,9 @@ from dalle2_jax.stages.stage import (
     add_part,
     dtype_of,
     encode_caption,
-    encode_image,
     load_base,
     make_batches,
+    see,
     upon_clip,
 )
 
@@ -44,7 +43,11 @@ def make(config: ConfigDict) -> Stage:
     model = ARPrior(**net, dtype=dtype_of(config))
     sampling = config.sampling.to_dict()
     batches = make_batches(
-        config, {"clip_image": clip.image_size}, base.text, clip.context_length
+        config,
+        {"clip_image": clip.image_size},
+        base.text,
+        clip.context_length,
+        base.clip_params,
     )
     if base.origin is not None:
         table, edges = stored_tables(base.origin, config.init_from)
@@ -60,11 +63,10 @@ def make(config: ConfigDict) -> Stage:
 
     def read(frozen: Any, batch: Batch) -> tuple[Array, Caption, Caption]:
         """z_image, the captions, and the empty one as often."""
-        pictures = image.to_float(batch["clip_image"])
         caption = encode_caption(clip, frozen["clip"], batch["tokens"])
         empty = encode_caption(clip, frozen["clip"], base.empty[None])
         empty = jax.tree.map(lambda e, c: jnp.broadcast_to(e, c.shape), empty, caption)
-        return encode_image(clip, frozen["clip"], pictures), caption, empty
+        return see(clip, frozen["clip"], batch), caption, empty
 
     def logits(
         params: Any, frozen: Any, z_image: Array, caption: Caption, shown: Caption
@@ -174,14 +176,12 @@ def fit_tables(
 
     @jax.jit
     def encode(params: Any, batch: Batch) -> tuple[Array, Array]:
-        z = encode_image(base.clip, params, image.to_float(batch["clip_image"]))
+        z = see(base.clip, params, batch)
         z_text = encode_caption(base.clip, params, batch["tokens"]).z_text
         return z, cosine(z, z_text)
 
     seen: list[tuple[np.ndarray, np.ndarray]] = []
     while sum(len(z) for z, _ in seen) < examples:
-        batch = next(batches)
-        given = {name: batch[name] for name in ("clip_image", "tokens")}
-        seen.append(jax.device_get(encode(base.clip_params, given)))
+        seen.append(jax.device_get(encode(base.clip_params, next(batches))))
     z, fit = (np.concatenate(x) for x in zip(*seen, strict=True))
     return codes.fit(z, components), codes.fit_quantiles(fit, dot_products)

@@ -20,9 +20,9 @@ from dalle2_jax.stages.stage import (
     drop_caption,
     dtype_of,
     encode_caption,
-    encode_image,
     load_base,
     make_batches,
+    see,
     upon_clip,
 )
 
@@ -62,10 +62,6 @@ def make(config: ConfigDict) -> Stage:
     size = config.size
     sizes = {"image": size, "clip_image": clip.image_size}
 
-    def see(frozen: Any, batch: Batch) -> Array:
-        pictures = image.to_float(batch["clip_image"])
-        return encode_image(clip, frozen["clip"], pictures)
-
     def init(key: Array) -> Any:
         return model.init(key, *model.example())["params"]
 
@@ -79,7 +75,7 @@ def make(config: ConfigDict) -> Stage:
         train: bool,
     ) -> Array:
         caption = encode_caption(clip, frozen["clip"], tokens)
-        z_image = see(frozen, batch)
+        z_image = see(clip, frozen["clip"], batch)
         key, key_dropout = jax.random.split(key)
         key_masks = jax.random.fold_in(key_dropout, 1)
         x0 = image.to_float(batch["image"])
@@ -117,7 +113,7 @@ def make(config: ConfigDict) -> Stage:
 
     def preview(params: Any, frozen: Any, batch: Batch, key: Array):
         shown = jax.tree.map(lambda x: x[:16], dict(batch))
-        tokens, z_image = shown["tokens"], see(frozen, shown)
+        tokens, z_image = shown["tokens"], see(clip, frozen["clip"], shown)
         b = len(tokens)
 
         def context(has_image: bool, tokens: Array) -> Any:
@@ -157,7 +153,9 @@ def make(config: ConfigDict) -> Stage:
         loss=loss,
         metrics=metrics,
         preview=preview,
-        batches=make_batches(config, sizes, base.text, clip.context_length),
+        batches=make_batches(
+            config, sizes, base.text, clip.context_length, base.clip_params
+        ),
         export=export,
         start=start_params(config, base.origin, "decoder", net, init),
     )

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
-from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, guide, process, sample, schedule
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import cosine
@@ -24,10 +23,10 @@ from dalle2_jax.stages.stage import (
     drop_caption,
     dtype_of,
     encode_caption,
-    encode_image,
     float32,
     load_base,
     make_batches,
+    see,
     upon_clip,
 )
 
@@ -46,7 +45,11 @@ def make(config: ConfigDict) -> Stage:
     diffusion = config.diffusion.to_dict()
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     batches = make_batches(
-        config, {"clip_image": clip.image_size}, base.text, clip.context_length
+        config,
+        {"clip_image": clip.image_size},
+        base.text,
+        clip.context_length,
+        base.clip_params,
     )
     if base.origin is not None:
         mean, std = stored_statistics(base.origin, config.init_from)
@@ -67,8 +70,7 @@ def make(config: ConfigDict) -> Stage:
         return model.init(key, *model.example())["params"]
 
     def clean(frozen: Any, batch: Batch) -> Float[Array, "b d"]:
-        pictures = image.to_float(batch["clip_image"])
-        z_image = encode_image(clip, frozen["clip"], pictures)
+        z_image = see(clip, frozen["clip"], batch)
         return (z_image - frozen["mean"]) / frozen["std"]
 
     def losses(params: Any, frozen: Any, batch: Batch, tokens: Array, key: Array):
@@ -149,10 +151,10 @@ def embedding_statistics(
     The diffusion works on (z_image - mean) / std, as Karlo's does; the paper scales
     by the constant 17.2 to the same end.
     """
-    encode = jax.jit(lambda p, x: encode_image(clip, p, image.to_float(x)))
+    encode = jax.jit(lambda p, batch: see(clip, p, batch))
     seen: list[np.ndarray] = []
     while sum(map(len, seen)) < examples:
-        seen.append(np.asarray(encode(params, next(batches)["clip_image"]), np.float64))
+        seen.append(np.asarray(encode(params, next(batches)), np.float64))
     z = np.concatenate(seen)
     return jnp.float32(z.mean(0)), jnp.float32(z.std(0))
 
@@ -187,14 +189,17 @@ def measure_x0_error(
     diffusion, limit = part["diffusion"], part["sampling"]["clip"]
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     batches = make_batches(
-        config, {"clip_image": clip.image_size}, base.text, clip.context_length
+        config,
+        {"clip_image": clip.image_size},
+        base.text,
+        clip.context_length,
+        base.clip_params,
     )("train", 0, whole=True)
 
     @jax.jit
     def errors(params: Any, clip_params: Any, batch: Batch, key: Array) -> Array:
         caption = encode_caption(clip, clip_params, batch["tokens"])
-        z_image = encode_image(clip, clip_params, image.to_float(batch["clip_image"]))
-        x0 = (z_image - mean) / std
+        x0 = (see(clip, clip_params, batch) - mean) / std
 
         def apply(x_t: Array, t: Array) -> Array:
             conditions = caption.z_text, caption.states, caption.mask
@@ -218,8 +223,6 @@ def measure_x0_error(
     params = float32(model.params["prior"])
     found = []
     for k in range(-(-examples // config.batch_size)):
-        batch = next(batches)
-        given = {name: batch[name] for name in ("clip_image", "tokens")}
         key = jax.random.fold_in(jax.random.key(config.seed), k)
-        found.append(np.asarray(errors(params, base.clip_params, given, key)))
+        found.append(np.asarray(errors(params, base.clip_params, next(batches), key)))
     return model, np.mean(found, axis=0)

@@ -4,6 +4,7 @@ A stage is a record of pure functions, as optax's transformations are: the train
 loop knows nothing else of what it trains.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -156,21 +157,42 @@ def make_batches(
     text: tokenizer.Tokenizer | None = None,
     context_length: int | None = None,
     degrade: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    clip_params: Any = None,
 ) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
     """Stage.batches from ``config.data``: pictures of the sizes by name, and tokens.
 
-    With ``whole`` the iterator gives every process the whole of each batch.
+    With ``whole`` the iterator gives every process the whole of each batch. Where the
+    stage has a CLIP that it leaves as it is, its params are given: if the data has its
+    embeddings, they come as z_image in place of the pictures "clip_image".
     """
     data = config.data
 
+    @functools.cache
+    def source(split: str) -> sources.Source:
+        return open_source(config, split)
+
+    @functools.cache
+    def embedded(split: str) -> bool:
+        """Whether embeddings are there to be used; they must be of this CLIP."""
+        if source(split).embedded is None or clip_params is None:
+            return False
+        if source(split).embedded.clip != checkpoint.fingerprint(clip_params):
+            raise UserError(
+                f"{source(split).name} are of another CLIP than the model's that the "
+                f"{config.stage} stage builds on: embed with that one as --model"
+            )
+        return True
+
     def make(split: str, step: int, whole: bool = False) -> Iterator[dict]:
+        left_out = {"clip_image"} if embedded(split) else set()
         return batches.batches(
-            open_source(config, split),
+            source(split),
             text,
             batch_size=config.batch_size,
             seed=config.seed,
             step=step,
-            sizes=sizes,
+            sizes={name: sizes[name] for name in sizes if name not in left_out},
+            embeddings=embedded(split),
             crop=data.crop,
             crop_fraction=data.crop_fraction,
             degrade=degrade,
@@ -186,11 +208,19 @@ def make_batches(
 
 
 def open_source(config: ConfigDict, split: str) -> sources.Source:
-    """The pictures and captions that ``config.data`` names."""
+    """The pictures and captions that ``config.data`` names.
+
+    The parts of a mixture have the options of ``config.data`` that they don't give.
+    """
     data = config.data
-    options = data[data.source].to_dict() if data.source in sources.OPENERS else {}
+    sections = {kind: data[kind].to_dict() for kind in sources.OPENERS if kind in data}
+    given = sections[data.source] if data.source in sections else {}
+    if data.source == "mixture":
+        given["defaults"] = sections
+    if data.keep:
+        given["keep"] = data.keep
     return sources.open_source(
-        data.source, data.path, split=split, seed=config.seed, **options
+        data.source, data.path, split=split, seed=config.seed, **given
     )
 
 
@@ -213,6 +243,13 @@ def encode_image(
     """z_image of pictures in [-1, 1], of CLIP's size."""
     pictures = image.clip_normalize(pictures)
     return clip.apply({"params": params}, pictures, method="encode_image")
+
+
+def see(clip: CLIP, params: Any, batch: Batch) -> Float[Array, "b d"]:
+    """z_image of a batch: what the data brings, or else of its pictures."""
+    if "z_image" in batch:
+        return batch["z_image"]
+    return encode_image(clip, params, image.to_float(batch["clip_image"]))
 
 
 def encode_caption(clip: CLIP, params: Any, tokens: Int[Array, "b l"]) -> Caption:

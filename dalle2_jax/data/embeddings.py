@@ -1,0 +1,198 @@
+"""Folders of CLIP's embeddings of a source, and the source that reads them.
+
+    metadata.json                      of what, by which CLIP; `count` is null until the
+                                       folder is complete
+    shard-00000-of-00002.array_record  the examples, see `write_shard`
+    shard-00000-of-00002.json          their keys, what was skipped, sums of z_image
+
+Each shard appears under its name only when it is complete.
+"""
+
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dalle2_jax.data.examples import BadExample, Embedded, Listing
+from dalle2_jax.errors import UserError, first_line
+
+FORMAT = 1
+METADATA = "metadata.json"
+
+
+def begin(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a folder to be written, or of one to go on with.
+
+    Args:
+      settings: JSON values: `clip` (checkpoint.fingerprint), `image_size` (None without
+        pictures), `shards`, and all else that must not change between two calls.
+
+    Raises:
+      UserError: the folder can't be written, has something else in it, or was begun
+        with other settings.
+    """
+    if "://" in str(folder):
+        raise UserError(
+            f"out={folder} is a URL: give a directory, for instance where the bucket "
+            "is mounted"
+        )
+    folder = Path(folder)
+    wanted = {"format": FORMAT, **settings}
+    # In this order, for other processes may be beginning the same.
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if (folder / METADATA).is_file():
+        found = _read_json(folder / METADATA)
+        for key, value in wanted.items():
+            if key not in found or found[key] != value:
+                raise UserError(
+                    f"{folder} was begun with {key}={found.get(key)}, and not {value}: "
+                    "give the same again, or another directory"
+                )
+        return found
+    if not all(name.startswith(METADATA) for name in there):
+        raise UserError(
+            f"{folder} exists and holds no embeddings: give a new directory"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {**wanted, "count": None}
+        _write_json(folder / METADATA, metadata)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    return metadata
+
+
+def shard(folder: str | Path, number: int, shards: int) -> Path:
+    """The file of a shard; there is one of its name in .json, too."""
+    return Path(folder) / f"shard-{number:05d}-of-{shards:05d}.array_record"
+
+
+def write_shard(
+    file: Path, examples: Iterable[Mapping[str, Any]], skipped: Mapping[str, int]
+) -> list[str]:
+    """Writes the examples of a shard, and returns their keys.
+
+    An example has `key`, str; `captions`, list of n str; `z_image`, float [d], not of
+    unit length; `z_text`, float [n, d]; `tokens`, int32 [n, l]; and `image`, the bytes
+    of a picture's file, or None. `skipped` counts, once all are read, those that were
+    unusable, by reason.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from flax.serialization import msgpack_serialize
+
+    keys, total, squares = [], 0.0, 0.0
+    unfinished = file.with_suffix(".unfinished")
+    # Groups of one, for records that are read at random.
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
+    for example in examples:
+        writer.write(msgpack_serialize(dict(example)))
+        keys.append(example["key"])
+        z_image = np.asarray(example["z_image"], np.float64)
+        total, squares = total + z_image, squares + z_image**2
+    writer.close()
+    told = {
+        "keys": keys,
+        "skipped": dict(skipped),
+        "sum": np.ravel(total).tolist(),
+        "sum_of_squares": np.ravel(squares).tolist(),
+    }
+    _write_json(file.with_suffix(".json"), told)
+    os.replace(unfinished, file)
+    return keys
+
+
+def finish(folder: str | Path) -> dict[str, Any] | None:
+    """Completes the metadata, unless a shard is still missing.
+
+    Adds `count`, `skipped` by reason, and `mean` and `std`, those of z_image in each of
+    its dimensions. Any process may call it after its last shard.
+    """
+    metadata = _read_json(Path(folder) / METADATA)
+    files = _files(folder, metadata)
+    if not all(file.is_file() for file in files):
+        return None
+    told = [_read_json(file.with_suffix(".json")) for file in files]
+    count = sum(len(t["keys"]) for t in told)
+    if count == 0:
+        raise UserError(f"{folder} has no examples: all were skipped")
+    full = [t for t in told if t["keys"]]
+    mean = np.sum([t["sum"] for t in full], axis=0) / count
+    variance = np.sum([t["sum_of_squares"] for t in full], axis=0) / count - mean**2
+    metadata |= {
+        "count": count,
+        "skipped": dict(sum((Counter(t["skipped"]) for t in told), Counter())),
+        "mean": mean.tolist(),
+        "std": np.sqrt(variance.clip(0)).tolist(),
+    }
+    _write_json(Path(folder) / METADATA, metadata)
+    return metadata
+
+
+def embeddings(path: str) -> Listing:
+    """Examples with the fields that `write_shard` says, "caption" being `captions`.
+
+    Raises UserError if the folder is none of embeddings, or not complete.
+    """
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    from flax.serialization import msgpack_restore
+
+    if not (Path(path) / METADATA).is_file():
+        raise UserError(
+            f"{path} has no {METADATA}: make it with python -m dalle2_jax.embed"
+        )
+    metadata = _read_json(Path(path) / METADATA)
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {metadata.get('format')}, this version of dalle2_jax "
+            f"reads format {FORMAT}: embed again"
+        )
+    files = _files(path, metadata)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or metadata["count"] is None:
+        what = f"{missing[0]} is missing" if missing else "it is not complete"
+        raise UserError(f"{path}: {what}; the command that made it goes on from there")
+    of_file = {f: _read_json(f.with_suffix(".json"))["keys"] for f in files}
+    keys = [key for some in of_file.values() for key in some]
+    try:  # a file without a record can't be opened
+        records = ArrayRecordDataSource([str(f) for f in files if of_file[f]])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {first_line(error)}") from error
+    if len(records) != len(keys):
+        raise UserError(
+            f"{path} has {len(records)} records and {len(keys)} keys: copy or embed it "
+            "again"
+        )
+
+    def read(i: int) -> dict:
+        try:
+            example = msgpack_restore(records[i])
+        except (RuntimeError, ValueError) as error:
+            raise BadExample("damaged record", keys[i]) from error
+        return {**example, "caption": example["captions"]}
+
+    embedded = Embedded(metadata["clip"], metadata["image_size"])
+    return Listing(f"embeddings {path}", keys, read, embedded)
+
+
+def _files(folder: str | Path, metadata: Mapping[str, Any]) -> list[Path]:
+    count = metadata["shards"]
+    return [shard(folder, number, count) for number in range(count)]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {first_line(error)}") from error
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """At once, so that nobody reads a part of it."""
+    new = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    new.write_text(json.dumps(value) + "\n")
+    os.replace(new, file)

@@ -1,0 +1,223 @@
+"""Tar shards: which are found, what is read of them, and what is damaged."""
+
+import io
+import json
+import os
+import sys
+import tarfile
+
+import fsspec
+import pytest
+
+from dalle2_jax.data import sources
+from dalle2_jax.data.examples import BadExample
+from dalle2_jax.data.sources import open_source
+from dalle2_jax.errors import UserError
+from tests.pictures import captioned, every, png, write_tar
+
+ALL = {"holdout": 0.0}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    for shard in range(3):
+        with open(tmp_path / f"a-{shard:03d}.tar", "wb") as file:
+            write_tar(file, captioned([f"{4 * shard + i}" for i in range(4)]))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        ("a-000.tar", 4),
+        ("a-{000..002}.tar", 12),
+        ("a-{000,002}.tar", 8),
+        ("{a,a}-{000..001}.tar", 16),
+        ("a-*.tar", 12),
+        ("a-00[12].tar", 8),
+        ("", 12),
+    ],
+)
+def test_tars_by_pattern(shards, pattern, count):
+    source = open_source("webdataset", f"{shards}/{pattern}", **ALL)
+    assert len(source) == count
+    for caption, data in every(source).items():
+        assert data == png(int(caption.split()[1]))
+
+
+def test_tars_at_a_url():
+    with fsspec.open("memory://tars/b-0.tar", "wb") as file:
+        write_tar(file, captioned("123"))
+    source = open_source("webdataset", "memory://tars/b-*.tar")
+    assert sorted(every(source)) == ["picture 1", "picture 2", "picture 3"]
+    with pytest.raises(UserError, match="there is no tar at memory://tars/c"):
+        open_source("webdataset", "memory://tars/c-{0..1}.tar")
+
+
+class Bucket(fsspec.AbstractFileSystem):
+    """A remote file system that counts what is fetched."""
+
+    protocol = "bucket"
+    files: dict[str, tuple[bytes, str]] = {}  # and their versions
+    fetched: list[int] = []
+
+    def info(self, path, **kwargs):
+        path = self._strip_protocol(path)
+        if path not in self.files:
+            raise FileNotFoundError(path)
+        data, etag = self.files[path]
+        return {"name": path, "size": len(data), "type": "file", "ETag": etag}
+
+    def ls(self, path, detail=True, **kwargs):
+        return [self.info(name) if detail else name for name in self.files]
+
+    def _open(self, path, mode="rb", **options):
+        options.pop("autocommit")
+        return BucketFile(self, path, mode, **options)
+
+
+class BucketFile(fsspec.spec.AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        Bucket.fetched.append(end - start)
+        return Bucket.files[self.path][0][start:end]
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Bucket, "files", {})
+    monkeypatch.setattr(Bucket, "fetched", [])
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    return Bucket
+
+
+def store(bucket, members, version):
+    file = io.BytesIO()
+    write_tar(file, members)
+    bucket.files["a/0.tar"] = file.getvalue(), version
+    bucket.fetched.clear()
+
+
+def test_of_a_remote_tar_only_the_headers_are_read_and_only_once(bucket):
+    large = {"0.png": bytes(20 * 2**20), "0.txt": "zero"}
+    store(bucket, large, "one")
+    assert len(open_source("webdataset", "bucket://a/*.tar")) == 1
+    assert sum(bucket.fetched) < 4 * 2**20
+    store(bucket, captioned(str(i) for i in range(100)), "one")  # another size
+    assert len(open_source("webdataset", "bucket://a/0.tar", **ALL)) == 100
+    assert len(bucket.fetched) < 5
+
+    bucket.fetched.clear()
+    source = open_source("webdataset", "bucket://a/0.tar", **ALL)
+    assert len(source) == 100 and not bucket.fetched
+    assert every(source)["picture 7"] == png(7)
+
+    changed = captioned(str(i + 1) for i in range(100))
+    store(bucket, {**changed, "x.txt": ""}, "two")
+    source = open_source("webdataset", "bucket://a/0.tar", **ALL)
+    assert "picture 100" in every(source) and "picture 0" not in every(source)
+
+
+def test_a_remote_tar_cut_short_is_not_remembered(bucket, caplog):
+    store(bucket, captioned("01"), "one")
+    data, _ = bucket.files["a/0.tar"]
+    bucket.files["a/0.tar"] = data[:3588], "one"
+    for _ in range(2):
+        caplog.clear()
+        source = open_source("webdataset", "bucket://a/0.tar")
+        assert source[0]["caption"] == "picture 0"
+        with pytest.raises(BadExample, match="tar cut short: 0.tar:1"):
+            source[1]
+        assert "0.tar is damaged after 2 examples" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "extra"),
+    [("s3://b/{0..3}.tar", "s3fs", "s3"), ("gs://b/*.tar", "gcsfs", "gcs")],
+)
+def test_a_protocol_whose_package_is_missing(url, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"pip install 'dalle2_jax\[{extra}\]'$"):
+        open_source("webdataset", url)
+
+
+def test_a_shard_that_vanishes_is_bad(shards):
+    source = open_source("webdataset", f"{shards}/*.tar", **ALL)
+    (shards / "a-001.tar").unlink()
+    assert source[0]["caption"] == "picture 0"
+    with pytest.raises(BadExample, match="cannot read the tar: a-001.tar:5"):
+        source[5]
+
+
+def test_tars_of_any_order_and_layout(tmp_path):
+    members = {
+        "../../evil.png": png(1),  # a key and never a file
+        "b/x.y.JPG": png(2),
+        "alone.png": png(),
+        "text only.txt": "x",
+        "b/x.y.json": json.dumps({"caption": "from json", "other": 1}),
+        "../../evil.txt": "outside",
+        "c.webp": png(3),
+        "c.json": json.dumps({"text": ["three", "drei"]}),
+    }
+    with open(tmp_path / "a.tar", "wb") as file:
+        write_tar(file, members)
+    source = open_source("webdataset", str(tmp_path / "a.tar"))
+    found = {source[i]["key"]: source[i]["caption"] for i in range(len(source))}
+    assert found == {
+        "a.tar:../../evil": "outside",
+        "a.tar:b/x.y": "from json",
+        "a.tar:c": ["three", "drei"],
+    }
+    assert os.listdir(tmp_path) == ["a.tar"]
+
+
+def test_tars_with_bad_captions(tmp_path):
+    members = {f"{i}.png": png() for i in range(6)}
+    members |= {"0.txt": " \n", "1.json": "{", "2.json": "[1]", "3.json": "3"}
+    members |= {"4.txt": "caf\xe9".encode("latin-1"), "5.json": b'{"text": "\xff"}'}
+    with open(tmp_path / "a.tar", "wb") as file:
+        write_tar(file, members)
+    source = open_source("webdataset", str(tmp_path / "a.tar"))
+    reasons = []
+    for i in range(6):
+        with pytest.raises(BadExample) as bad:
+            source[i]
+        reasons.append(bad.value.reason)
+    assert reasons == [
+        "empty caption",
+        "caption not JSON",
+        *["no caption"] * 2,
+        *["caption not UTF-8"] * 2,
+    ]
+    assert sources.captions(source) == []
+
+
+def test_a_tar_cut_short_gives_what_is_left(shards, caplog):
+    path = shards / "a-000.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:3072])  # within the second picture's members
+    source = open_source("webdataset", str(path))
+    assert list(every(source)) == ["picture 0"]
+
+
+def test_tar_errors(shards, tmp_path):
+    for pattern in ("b.tar", "b-*.tar", "{b,c}.tar"):
+        with pytest.raises(UserError, match="there is no tar at"):
+            open_source("webdataset", f"{shards}/{pattern}")
+    with pytest.raises(UserError, match="empty range"):
+        open_source("webdataset", f"{shards}/a-{{2..0}}.tar")
+    bad = tmp_path / "bad.tar"
+    bad.write_bytes(b"this is no tar" * 100)
+    with pytest.raises(UserError, match="bad.tar is not a tar"):
+        open_source("webdataset", str(bad))
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
+        tar.add(shards / "a-000.tar")
+    with pytest.raises(UserError, match="or a compressed one"):
+        open_source("webdataset", str(tmp_path / "c.tar.gz"))
+    with open(tmp_path / "d.tar", "wb") as file:
+        write_tar(file, {"0.png": png()})
+    with pytest.raises(UserError, match="found no pictures with captions"):
+        open_source("webdataset", str(tmp_path / "d.tar"))
+    with pytest.raises(UserError, match="cannot read nonsense://x.tar: Protocol"):
+        open_source("webdataset", "nonsense://x.tar")
