@@ -35,7 +35,8 @@ def common(stage: str) -> ConfigDict:
     config.eval_batches = 4
     config.preview_every = 500
     config.save_every = 500
-    config.keep = 2
+    config.keep = 2  # checkpoints, the last
+    config.keep_every = 0  # and for good those of each so many steps; 0 for none
     config.tensorboard = False
 
     config.data = ConfigDict()

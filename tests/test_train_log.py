@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -85,6 +86,15 @@ def test_previews_are_pictures_and_scalars(tmp_path):
     with Image.open(tmp_path / "previews" / "samples_0000050.png") as grid:
         assert grid.size == (18, 18) and grid.getpixel((0, 0)) == (7, 7, 7)
     assert read(tmp_path) == [{"step": 50, "preview/distance": 0.5}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="is Linux's")
+def test_a_full_disk(tmp_path):
+    message = f"cannot write the log to {tmp_path}: .*No space left"
+    with pytest.raises(UserError, match=message), make(tmp_path) as log:
+        log._file.close()
+        log._file = open("/dev/full", "a")
+        log.scalars(50, {"loss": 1.0})
 
 
 def test_tensorboard(tmp_path):

@@ -7,9 +7,11 @@ WORKDIR JSON [COORDINATOR PROCESSES PROCESS]. JSON has changes to the config, an
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +91,7 @@ def make_config(**changes):
             "preview_every": 0,
             "save_every": 5,
             "keep": 2,
+            "keep_every": 0,
             "tensorboard": False,
             "optim": {"learning_rate": 1e-3, "warmup": 4, "weight_decay": 0.01},
             "mesh": {"data": -1, "fsdp": 1},
@@ -327,6 +330,54 @@ def test_a_run_continues_with_other_steps_and_on_another_mesh(whole, tmp_path, c
     assert "config changed: mesh.fsdp 1 -> 4" in out
 
 
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def limit_files(size):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(whole, tmp_path):
+    saved = tmp_path / "checkpoints" / "10"
+    events = {12: [lambda: wait_for(saved), lambda: limit_files(2**16)]}
+    before, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match="where the last one is of step 10: ") as e:
+            train(tmp_path, batches=make_batches(events=events))
+    finally:
+        limit_files(before)
+    assert "\n" not in str(e.value)
+    assert_equal(train(tmp_path), whole[1])
+    assert read_metrics(tmp_path) == read_metrics(whole[0])
+
+
+def test_a_workdir_that_is_taken_away(whole, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+
+    def take_away():
+        wait_for(checkpoints / "10")
+        checkpoints.rename(tmp_path / "elsewhere")
+        checkpoints.touch()
+
+    with pytest.raises(UserError, match=f"cannot save a checkpoint to {checkpoints}"):
+        train(tmp_path, batches=make_batches(events={12: [take_away]}))
+    checkpoints.unlink()
+    (tmp_path / "elsewhere").rename(checkpoints)
+    assert latest(tmp_path) == 10
+    assert_equal(train(tmp_path), whole[1])
+
+
+def test_some_checkpoints_are_kept_for_good(whole, tmp_path):
+    train(tmp_path, make_config(save_every=2, keep=1, keep_every=8))
+    kept = {int(path.name) for path in (tmp_path / "checkpoints").glob("*")}
+    assert kept == {8, 16, 20}
+    (tmp_path / "checkpoints" / "20").rename(tmp_path / "20")
+    assert_equal(train(tmp_path), whole[1])  # from 16
+
+
 # What a step computes
 
 
@@ -450,6 +501,13 @@ def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch, workdir):
 def test_a_batch_that_does_not_divide(tmp_path, batch_size, accumulate):
     config = make_config(batch_size=batch_size, accumulate=accumulate)
     with pytest.raises(UserError, match=f"batch_size={batch_size} must be a multiple"):
+        train(tmp_path, config)
+
+
+@pytest.mark.parametrize("keep_every, save_every", [(7, 5), (5, 10), (5, 0)])
+def test_what_is_not_saved_is_not_kept(tmp_path, keep_every, save_every):
+    config = make_config(keep_every=keep_every, save_every=save_every)
+    with pytest.raises(UserError, match=f"keep_every={keep_every} must be a multiple"):
         train(tmp_path, config)
 
 

@@ -1,11 +1,12 @@
 """What a run tells: a line or a progress bar, metrics.jsonl, TensorBoard, pictures."""
 
+import contextlib
 import datetime
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rich.progress import (
 )
 
 from dalle2_jax.data import image
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, first_line
 
 
 class Log:
@@ -78,7 +79,17 @@ class Log:
             self._progress.stop()
         if self._writer:
             self._writer.close()
-        self._file.close()
+        with self._writing():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the log to {self.workdir}: {first_line(error)}"
+            ) from error
 
     def say(self, message: str) -> None:
         """Prints a line."""
@@ -105,8 +116,9 @@ class Log:
         """Adds the values to metrics.jsonl, to TensorBoard, and shows them."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
@@ -124,8 +136,9 @@ class Log:
         for name, pictures in images.items():
             grid = image.grid(pictures, math.ceil(math.sqrt(len(pictures))))
             path = self.workdir / "previews" / f"{name}_{step:07d}.png"
-            path.parent.mkdir(exist_ok=True)
-            image.save_png(path, grid, {"step": str(step)})
+            with self._writing():
+                path.parent.mkdir(exist_ok=True)
+                image.save_png(path, grid, {"step": str(step)})
             if self._writer:
                 self._writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
         scalars = {k: float(v) for k, v in outputs.items() if k not in images}

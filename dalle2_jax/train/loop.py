@@ -62,7 +62,7 @@ def train(
         config: its ConfigDict. The loop reads seed, steps, batch_size, accumulate,
             ema_decay, log_every, eval_every, eval_batches, preview_every, save_every
             (each also at the last step; 0 for never, but the last step is saved), keep,
-            tensorboard, and the sections optim and mesh.
+            keep_every, tensorboard, and the sections optim and mesh.
         batches: step -> iterator of batches of `batch_size / processes` rows.
         heldout: the same, of examples that are not trained on; always read from 0.
         workdir: for checkpoints, metrics.jsonl, previews and the exported model.
@@ -77,12 +77,14 @@ def train(
     """
     workdir = _make_workdir(workdir)
     mesh = meshes.make(**config.mesh)
-    _check_batch_size(config, mesh)
+    _check(config, mesh)
     saved_config = json.loads(json.dumps(config.to_dict()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone(workdir))
         stack.enter_context(jax.set_mesh(mesh))
-        run = stack.enter_context(checkpoint.Run(workdir / "checkpoints", config.keep))
+        run = stack.enter_context(
+            checkpoint.Run(workdir / "checkpoints", config.keep, config.keep_every)
+        )
         interrupted = stack.enter_context(_interruption(run))
 
         # The state: a new one, or the latest that is complete on disk.
@@ -379,10 +381,15 @@ def _alone(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_batch_size(config: Any, mesh: Mesh) -> None:
+def _check(config: Any, mesh: Mesh) -> None:
     unit = max(config.accumulate, 1) * mesh.size
     if config.accumulate < 1 or config.batch_size < 1 or config.batch_size % unit:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of {unit}, "
             f"accumulate={config.accumulate} times {mesh.size} devices"
+        )
+    if config.keep_every and config.keep_every % (config.save_every or np.inf):
+        raise UserError(
+            f"keep_every={config.keep_every} must be a multiple of save_every="
+            f"{config.save_every}: what isn't saved can't be kept"
         )
