@@ -66,6 +66,7 @@ def common(stage: str) -> ConfigDict:
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0
     config.optim.clip_norm = 1.0
+    config.optim.sam_rho = 0.0  # of sharpness-aware minimisation; 0 for none
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # the devices that fsdp leaves

@@ -243,6 +243,11 @@ class Run:
         with self._reading() as step:
             return self._manager.restore(step, args=args).config
 
+    def shapes(self) -> Any:
+        """What the latest step holds: a tree of things with a shape and a dtype."""
+        with self._reading() as step:
+            return self._manager.item_metadata(step)["state"]
+
     def restore(self, abstract: Any, changed: Sequence[str] = ()) -> Any:
         """Reads the latest step.
 
@@ -253,11 +258,10 @@ class Run:
         Raises:
             UserError: names or shapes differ, or a file can't be read.
         """
-        with self._reading() as step:
-            saved = self._manager.item_metadata(step)["state"]
         try:
             # Compared here because orbax would tell the difference in pages.
-            check(saved, abstract, self.directory / str(step))
+            where = self.directory / str(self.latest_step())
+            check(self.shapes(), abstract, where)
         except UserError as error:
             raise UserError(
                 f"{error}; since it was saved, {_some(changed) or 'nothing'} changed "

@@ -25,7 +25,7 @@ from PIL import Image
 
 from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import loop, mesh
+from dalle2_jax.train import loop, mesh, optim
 
 WIDTH = 256
 
@@ -41,6 +41,7 @@ class Stage(NamedTuple):
     preview: Any
     export: Any
     start: Any = None
+    compares: bool = False
 
 
 def linear(width=WIDTH, noise=0.01):
@@ -414,6 +415,55 @@ def test_accumulation_equals_the_big_batch():
     (*_, small), small_metrics = run_updates(3, accumulate=2, ema_decay=0.5)
     assert_close(small, big)
     assert small_metrics["loss"] == pytest.approx(big_metrics["loss"])
+
+
+def test_a_loss_that_compares_sees_all_micro_batches():
+    """Its gradient is of the variance over the batch, not the mean of parts' variances.
+
+    Which is the larger, and the same whatever the parts.
+    """
+    stage = linear(noise=0)
+
+    def loss(params, frozen, batch, key):
+        y = (batch["x"] @ params["kernel"]).reshape(-1, WIDTH)
+        assert len(y) == 16
+        return y.var(axis=0).mean(), {}
+
+    stage = stage._replace(loss=loss)
+    options = dict(stage=stage, ema_decay=0.5, compares=True)
+    (*_, big), big_metrics = run_updates(3, **options)
+    (*_, small), small_metrics = run_updates(3, accumulate=2, **options)
+    assert_close(small, big)
+    assert small_metrics["loss"] == pytest.approx(big_metrics["loss"])
+
+
+def test_sam_takes_the_gradient_from_where_the_loss_is_highest():
+    """On |x - a|^2 / 2 the gradient is x - a, and SAM's (x - a)(1 + rho / |x - a|)."""
+    a, x = np.array([1.0, -2, 0.5]), np.array([0.25, 1, 3])
+    accumulate = 2
+    optimizer = optim.sam(optax.with_extra_args_support(optax.sgd(0.1)), rho=0.3)
+
+    def loss(params, frozen, batch, key):
+        return jnp.sum((params - batch.mean(axis=0)) ** 2) / 2, {}
+
+    update = jax.jit(
+        loop.make_update(loss, optimizer, jax.random.key(0), ema_decay=0.5)
+    )
+    state = loop.first_state(jnp.float32(x), optimizer)
+    batch = jnp.broadcast_to(jnp.float32(a), (accumulate, 4, 3))
+    for step in range(2):
+        state, metrics = update(state, {}, batch, step)
+        distance = np.linalg.norm(x - a)
+        np.testing.assert_allclose(metrics["loss"], distance**2 / 2, rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], distance, rtol=1e-5)
+        x = x - 0.1 * (x - a) * (1 + 0.3 / distance)
+        np.testing.assert_allclose(state.params, x, rtol=1e-5)
+
+
+def test_sam_in_bfloat16(tmp_path):
+    config = make_config(optim={"sam_rho": 0.05, "warmup": 0})
+    state = train(tmp_path, config, stage=start_from(7, jnp.bfloat16))
+    assert state.step == 20 and losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 
 def test_micro_batches_have_their_own_noise():

@@ -137,7 +137,9 @@ def train(
         everywhere = NamedSharding(mesh, PartitionSpec())
         jit = functools.partial(jax.jit, compiler_options=xla.compiler_options())
         update = jit(
-            make_update(stage.loss, optimizer, step_key, config.ema_decay),
+            make_update(
+                stage.loss, optimizer, step_key, config.ema_decay, stage.compares
+            ),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
         )
@@ -196,6 +198,8 @@ def train(
         model = stage.export(ema)
         if jax.process_index() == 0:
             checkpoint.export(workdir / "model", **model)
+        # The others may read it from here on, as the next stage does.
+        multihost_utils.sync_global_devices("export")
         log.say(f"step {state.step} is done; the model is in {workdir / 'model'}")
         return state
 
@@ -211,37 +215,52 @@ def make_update(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     ema_decay: float,
+    compares: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the training step, (state, frozen, batch, step) -> (state, metrics).
 
-    The batch is [accumulate, b, ...]; gradients are averaged over its first axis.
+    The batch is [accumulate, b, ...]; gradients are averaged over its first axis. A
+    loss that `compares` examples with each other is given all of it, with one key.
 
     A step whose loss or gradient is not finite leaves the state as it was, and so do
     all steps after it, because their `step` is no longer the state's. So the host need
     not look at every step to stop at the last good one.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def update(state, frozen, batch, step):
+    def gradient(params, frozen, batch, keys):
+        """In float32, and what the loss says, both averaged over the micro-batches."""
+
         def add(total, micro):
-            (value, extra), grads = value_and_grad(state.params, frozen, *micro)
+            (value, extra), grads = value_and_grad(params, frozen, *micro)
             return jax.tree.map(jnp.add, total, grads), {**extra, "loss": value}
 
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        if compares:
+            return add(zeros, (batch, keys[0]))
+        if len(keys) == 1:  # XLA's CPU backend is several times slower in a loop
+            return add(zeros, jax.tree.map(lambda x: x[0], (batch, keys)))
+        grads, metrics = jax.lax.scan(add, zeros, (batch, keys))
+        grads = jax.tree.map(lambda x: x / len(keys), grads)
+        return grads, jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
+
+    def update(state, frozen, batch, step):
         accumulate = len(jax.tree.leaves(batch)[0])
         keys = jax.random.split(jax.random.fold_in(key, step), accumulate + 1)
         keys, round_key = keys[:-1], keys[-1]
-        wide = optax.tree.cast(state.params, jnp.float32)
-        zeros = jax.tree.map(jnp.zeros_like, wide)
-        if accumulate == 1:  # XLA's CPU backend is several times slower in a loop
-            first = jax.tree.map(lambda x: x[0], (batch, keys))
-            grads, metrics = add(zeros, first)
-        else:
-            grads, metrics = jax.lax.scan(add, zeros, (batch, keys))
-        grads = jax.tree.map(lambda x: x / accumulate, grads)
-        metrics = jax.tree.map(jnp.mean, metrics)
+
+        def gradient_at(wide):
+            params = _narrow(wide, state.params, round_key)
+            return gradient(params, frozen, batch, keys)[0]
+
+        grads, metrics = gradient(state.params, frozen, batch, keys)
         metrics["grad_norm"] = optax.tree.norm(grads)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, wide)
+        wide = optax.tree.cast(state.params, jnp.float32)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, wide, gradient=gradient_at
+        )
         wide = optax.apply_updates(wide, updates)
         # Short runs would else average in their first, random params: the decay rises
         # to its value as TensorFlow's ExponentialMovingAverage has it.
@@ -249,8 +268,8 @@ def make_update(
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, wide)
         params = _narrow(wide, state.params, round_key)
 
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        good = finite & (state.step == step)
+        numbers = metrics["loss"], metrics["grad_norm"], optax.tree.norm(updates)
+        good = jnp.isfinite(jnp.stack(numbers)).all() & (state.step == step)
         state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
             TrainState(state.step + 1, params, ema, opt_state),
