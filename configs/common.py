@@ -38,6 +38,8 @@ def common(stage: str) -> ConfigDict:
     config.keep = 2  # checkpoints, the last
     config.keep_every = 0  # and for good those of each so many steps; 0 for none
     config.tensorboard = False
+    config.wandb = ""  # project in Weights & Biases; WANDB_MODE=offline works, too
+    config.profile = ""  # steps A:B, or a number of them, to WORKDIR/profile
 
     config.data = ConfigDict()
     config.data.source = "shapes"  # shapes, folder, webdataset or tfds

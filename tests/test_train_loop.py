@@ -94,6 +94,8 @@ def make_config(**changes):
             "keep": 2,
             "keep_every": 0,
             "tensorboard": False,
+            "wandb": "",
+            "profile": "",
             "optim": {"learning_rate": 1e-3, "warmup": 4, "weight_decay": 0.01},
             "mesh": {"data": -1, "fsdp": 1},
         }
@@ -139,9 +141,9 @@ def train_elsewhere(workdir, **changes):
 def read_metrics(workdir):
     """The lines of metrics.jsonl without the times."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    times = {"steps_per_s", "images_per_s", "data_wait"}
     return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}
-        for line in lines
+        {k: v for k, v in json.loads(line).items() if k not in times} for line in lines
     ]
 
 
@@ -177,10 +179,14 @@ def test_a_run_learns_and_leaves_a_model(tmp_path):
     state = train(tmp_path, make_config(steps=12, preview_every=6, save_every=0))
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [5, 6, 10, 10, 12, 12, 12]
-    assert lines[0].keys() == {"step", "loss", "root", "grad_norm"}
+    names = {"step", "loss", "root", "grad_norm", "ema_distance"}
+    assert lines[0].keys() == names
     assert lines[1].keys() == {"step", "preview/largest"}
     assert lines[3].keys() == {"step", "heldout/error"}
     assert lines[4]["loss"] < lines[0]["loss"]
+    norm = optax.tree.norm
+    behind = norm(optax.tree.sub(state.params, state.ema)) / norm(state.params)
+    assert lines[4]["ema_distance"] == pytest.approx(behind, rel=1e-5) > 0
     for step in (6, 12):
         with Image.open(tmp_path / "previews" / f"kernel_{step:07d}.png") as grid:
             assert grid.size == (3 * 8 + 2 * 2, 2 * 8 + 2)

@@ -23,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import checkpoint, xla
 from dalle2_jax.errors import UserError
+from dalle2_jax.train import measure, optim
 from dalle2_jax.train import mesh as meshes
-from dalle2_jax.train import optim
 from dalle2_jax.train.log import Log
 
 # Makes the batches from a given step on, each a dict of this process's rows.
@@ -62,7 +62,7 @@ def train(
         config: its ConfigDict. The loop reads seed, steps, batch_size, accumulate,
             ema_decay, log_every, eval_every, eval_batches, preview_every, save_every
             (each also at the last step; 0 for never, but the last step is saved), keep,
-            keep_every, tensorboard, and the sections optim and mesh.
+            keep_every, tensorboard, wandb, profile, and the sections optim and mesh.
         batches: step -> iterator of batches of `batch_size / processes` rows.
         heldout: the same, of examples that are not trained on; always read from 0.
         workdir: for checkpoints, metrics.jsonl, previews and the exported model.
@@ -121,8 +121,10 @@ def train(
                 steps=config.steps,
                 batch_size=config.batch_size,
                 tensorboard=config.tensorboard,
+                wandb=config.wandb,
             )
         )
+        profile = stack.enter_context(measure.profiling(workdir, config.profile, start))
         log.say(
             f"{stage.name}: {_count(state.params):,} parameters, batch "
             f"{config.batch_size}, {mesh.size} devices {dict(mesh.shape)}"
@@ -143,6 +145,7 @@ def train(
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
         )
+        distance = jit(ema_distance, out_shardings=everywhere)
         metrics = jit(stage.metrics, out_shardings=everywhere)
         preview = jit(stage.preview, out_shardings=everywhere)
 
@@ -151,7 +154,12 @@ def train(
             stack.callback(data.close)
         recent = []  # what the steps since the last log line gave, still on the devices
         for step in range(start + 1, config.steps + 1):
-            batch = meshes.put_batch(next(data), mesh, config.accumulate)
+            profile(step, recent[-1:])
+            with log.waiting():
+                batch = next(data)
+            batch = meshes.put_batch(batch, mesh, config.accumulate)
+            if step == start + 1:
+                log.least_s = measure.least_seconds(update, state, frozen, batch)
             state, values = update(state, frozen, batch, np.int32(step - 1))
             recent.append(values)
             # Two steps in flight keep the devices busy; the batches of more would only
@@ -162,7 +170,8 @@ def train(
 
             if _due(config.log_every, step, config.steps):
                 _check_finite(state, step, run, saved_config)
-                log.scalars(step, _means(recent) | _skipped(data) | log.rates(step))
+                values = _means(recent) | {"ema_distance": float(distance(state))}
+                log.scalars(step, values | _skipped(data) | log.rates(step))
                 recent = []
             if _due(config.eval_every, step, config.steps):
                 values = [
@@ -278,6 +287,13 @@ def make_update(
         return state, metrics
 
     return update
+
+
+def ema_distance(state: TrainState) -> jax.Array:
+    """How far the average is behind the params, |params - ema| / |params|."""
+    wide = optax.tree.cast(state.params, jnp.float32)
+    behind = optax.tree.sub(wide, state.ema)
+    return optax.tree.norm(behind) / optax.tree.norm(wide)
 
 
 def _narrow(wide: Any, like: Any, key: jax.Array) -> Any:
