@@ -1,6 +1,10 @@
 """Trains a stage, or all of them in order.
 
 python train.py --config=configs/STAGE.py:SIZE --workdir=DIR [--config.key=value]
+
+On several machines, which all see the workdir, the same command runs on each: on a TPU
+pod, under SLURM or Open MPI and in a Kubernetes Job they find each other, elsewhere
+they are told --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import math
@@ -18,6 +22,13 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where checkpoints, metrics, previews and the model go."
 )
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where several are started by hand."
+)
+PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many there are; 1 for this one alone, wherever it is."
+)
+PROCESS = flags.DEFINE_integer("process_id", None, "Which this is, from 0.")
 
 
 def train(config: ConfigDict, workdir: Path) -> bool:
@@ -27,6 +38,8 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     before it; the last one's model is the whole, and is copied to WORKDIR/model.
     """
     # Imported late, so that a mistake in the flags is told at once.
+    import jax
+
     from dalle2_jax import checkpoint, stages
     from dalle2_jax.train import loop
 
@@ -37,7 +50,8 @@ def train(config: ConfigDict, workdir: Path) -> bool:
             if not train(config[name], workdir / name):
                 return False
             base = str(workdir / name / "model")
-        checkpoint.copy(base, workdir / "model")
+        if jax.process_index() == 0:
+            checkpoint.copy(base, workdir / "model")
         return True
     stage = stages.make(config)
     state = loop.train(
@@ -55,14 +69,18 @@ def main() -> None:
         raise UserError("no --config: give one, as --config=configs/clip.py:small")
     if not WORKDIR.value:
         raise UserError("no --workdir: give a directory for this run")
-    from dalle2_jax.train import cpu
+    import jax
+
+    from dalle2_jax.train import cluster, cpu
     from dalle2_jax.train.cache import use_compilation_cache
 
+    cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     cpu.keep_memory()
     use_compilation_cache()
     config = CONFIG.value
     stages = [config[name] for name in config.get("stages", ())] or [config]
-    cpu.use_cores(math.gcd(*(s.batch_size // max(s.accumulate, 1) for s in stages)))
+    if not jax.distributed.is_initialized():
+        cpu.use_cores(math.gcd(*(s.batch_size // max(s.accumulate, 1) for s in stages)))
     train(config, Path(WORKDIR.value))
 
 

@@ -85,7 +85,9 @@ SIZES = {
             preview_every=5_000,
             save_every=5_000,
         ),
-        "optim": dict(learning_rate=5e-4, b2=0.98, weight_decay=0.2, warmup=2_000),
+        "optim": dict(
+            learning_rate=5e-4, b2=0.98, weight_decay=0.2, warmup=2_000, sam_rho=0.1
+        ),
         "tokenizer": dict(captions=1_000_000, vocab_size=49_408),
     },
     "vit_l_14": {
@@ -120,6 +122,9 @@ def get_config(size: str = "small") -> ConfigDict:
 
     config.net = ConfigDict({"activation": "gelu", **values["net"]})
     config.net.remat = size in ("paper", "vit_l_14")
+
+    # Rows of a device whose logits are in memory at a time, in place of all; 0 for all.
+    config.loss_chunk = values.get("loss_chunk", 0)
 
     config.tokenizer = ConfigDict()
     config.tokenizer.path = ""  # folder or hub id; "" trains one on the captions

@@ -35,8 +35,11 @@ def common(stage: str) -> ConfigDict:
     config.eval_batches = 4
     config.preview_every = 500
     config.save_every = 500
-    config.keep = 2
+    config.keep = 2  # checkpoints, the last
+    config.keep_every = 0  # and for good those of each so many steps; 0 for none
     config.tensorboard = False
+    config.wandb = ""  # project in Weights & Biases; WANDB_MODE=offline works, too
+    config.profile = ""  # steps A:B, or a number of them, to WORKDIR/profile
 
     config.data = ConfigDict()
     config.data.source = "shapes"  # a kind of data/sources.py
@@ -69,6 +72,7 @@ def common(stage: str) -> ConfigDict:
     config.optim.eps = 1e-8
     config.optim.weight_decay = 0.0
     config.optim.clip_norm = 1.0
+    config.optim.sam_rho = 0.0  # of sharpness-aware minimisation; 0 for none
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # the devices that fsdp leaves

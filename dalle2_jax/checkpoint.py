@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, first_line
 
 # What is done with each param as it is read, so that no more than one lies around: it
 # may be cast and put onto a device.
@@ -202,9 +202,12 @@ class Run:
     them call every method.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2):
+    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0):
+        """The last `keep` steps stay, and those that `keep_every` divides, if not 0."""
         if keep < 1:
             raise UserError(f"keep is {keep}: at least one checkpoint must be kept")
+        if keep_every < 0:
+            raise UserError(f"keep_every is {keep_every}: give steps, or 0 for none")
         self.directory = Path(directory).absolute()
         if jax.process_index() == 0:
             # What a killed process left. (Orbax would do it in the background, and fail
@@ -213,7 +216,9 @@ class Run:
                 shutil.rmtree(unfinished, ignore_errors=True)
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, keep_period=keep_every or None
+            ),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
@@ -249,6 +254,11 @@ class Run:
         with self._reading() as step:
             return self._manager.restore(step, args=args).config
 
+    def shapes(self) -> Any:
+        """What the latest step holds: a tree of things with a shape and a dtype."""
+        with self._reading() as step:
+            return self._manager.item_metadata(step)["state"]
+
     def restore(self, abstract: Any, changed: Sequence[str] = ()) -> Any:
         """Reads the latest step.
 
@@ -259,11 +269,10 @@ class Run:
         Raises:
             UserError: names or shapes differ, or a file can't be read.
         """
-        with self._reading() as step:
-            saved = self._manager.item_metadata(step)["state"]
         try:
             # Compared here because orbax would tell the difference in pages.
-            check(saved, abstract, self.directory / str(step))
+            where = self.directory / str(self.latest_step())
+            check(self.shapes(), abstract, where)
         except UserError as error:
             raise UserError(
                 f"{error}; since it was saved, {_some(changed) or 'nothing'} changed "
@@ -291,14 +300,26 @@ class Run:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[int]:
         step = self.latest_step()
-        where = self.directory / str(step)
-        with _one_line(f"cannot read {where}, remove it to resume from the one before"):
+        try:
             yield step
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"cannot read {self.directory / str(step)}, remove it to resume from "
+                f"the one before: {first_line(error)}"
+            ) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        with _one_line(f"cannot save a checkpoint to {self.directory}"):
+        try:
             yield
+        except (ValueError, OSError) as error:
+            # What is on disk: orbax counts the step that it could not save.
+            names = (path.name for path in self.directory.glob("*"))
+            steps = [int(name) for name in names if name.isdigit()]
+            raise UserError(
+                f"cannot save a checkpoint to {self.directory}, where the last one is "
+                f"of step {max(steps, default='none')}: {first_line(error)}"
+            ) from error
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -373,13 +394,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def _some(names: Sequence[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-@contextlib.contextmanager
-def _one_line(message: str) -> Iterator[None]:
-    """Turns orbax's errors about files into a UserError."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{message}: {reason}") from error

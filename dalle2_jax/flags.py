@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from logging import CRITICAL, getLogger
 
 from absl import app, flags, logging
 
@@ -35,7 +36,10 @@ def run(main: Callable[[], None]) -> None:
         except UserError as error:
             _fail(str(error))
 
-    logging.set_verbosity(logging.WARNING)  # orbax tells all that it does
+    logging.set_verbosity(logging.WARNING)
+    # Orbax tells all that it does, and of a save that fails many times what it raises.
+    for name in ("absl", "asyncio"):
+        getLogger(name).setLevel(CRITICAL)
     app.run(call, flags_parser=parse)
 
 

@@ -262,13 +262,15 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
 
     with checkpoint.Run(tmp_path) as run:
         monkeypatch.setattr(run._manager, "save", fail)
-        with pytest.raises(UserError, match="save a checkpoint to .*left on device$"):
+        message = "save a checkpoint to .*, where the last one is of step none: .*left"
+        with pytest.raises(UserError, match=message):
             run.save(3, STATE, {})
 
 
-def test_at_least_one_checkpoint_is_kept(tmp_path):
-    with pytest.raises(UserError, match="keep is 0"):
-        checkpoint.Run(tmp_path, keep=0)
+@pytest.mark.parametrize("name, value", [("keep", 0), ("keep_every", -1)])
+def test_what_cannot_be_kept(tmp_path, name, value):
+    with pytest.raises(UserError, match=f"{name} is {value}"):
+        checkpoint.Run(tmp_path, **{name: value})
 
 
 def test_changes():

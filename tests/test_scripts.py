@@ -54,6 +54,7 @@ def refused(script, *arguments):
         ([CLIP, "--workdir=w", "--config.steps=many"], "many"),
         ([CLIP, "--workdir=w", "--speed=9"], "speed"),
         ([CLIP, "--workdir=w", "extra"], "extra"),
+        ([CLIP, "--workdir=w", "--process_id=0"], "--num_processes missing"),
     ],
 )
 def test_flags_that_train_refuses(arguments, message):

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -53,13 +55,20 @@ def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 
 
 def test_rates_do_not_count_the_first_step(tmp_path, monkeypatch):
-    now = iter([1000.0, 1002.0, 1004.0, 1004.0])
+    now = iter([990.0, 999.0, 1000.0, 1000.5, 1001.0, 1002.0, 1004.0, 1004.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
     with make(tmp_path, start=10) as log:
+        with log.waiting():  # of the first step, for 9 s
+            pass
         log.advance(11)
+        with log.waiting():  # for 0.5 s
+            pass
         log.advance(12)
-        assert log.rates(21) == {"steps_per_s": 5, "images_per_s": 160}
-        assert log.rates(25) == {"steps_per_s": 2, "images_per_s": 64}
+        rates = {"steps_per_s": 5, "images_per_s": 160, "data_wait": 0.25}
+        assert log.rates(21) == rates
+        log.least_s = 0.1
+        rates = {"steps_per_s": 2, "images_per_s": 64, "data_wait": 0, "mfu": 0.2}
+        assert log.rates(25) == rates
         assert log.rates(25) == {}
 
 
@@ -87,6 +96,15 @@ def test_previews_are_pictures_and_scalars(tmp_path):
     assert read(tmp_path) == [{"step": 50, "preview/distance": 0.5}]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="is Linux's")
+def test_a_full_disk(tmp_path):
+    message = f"cannot write the log to {tmp_path}: .*No space left"
+    with pytest.raises(UserError, match=message), make(tmp_path) as log:
+        log._file.close()
+        log._file = open("/dev/full", "a")
+        log.scalars(50, {"loss": 1.0})
+
+
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX")
     with make(tmp_path, tensorboard=True) as log:
@@ -101,6 +119,32 @@ def test_tensorboard_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError, match="pip install"):
         make(tmp_path, tensorboard=True)
+
+
+def test_wandb(tmp_path, monkeypatch):
+    """With a stand-in for its package, which the tests don't need."""
+    runs, logged = [], []
+    run = SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)),
+        finish=lambda: logged.append("finished"),
+    )
+    fake = SimpleNamespace(
+        init=lambda **options: runs.append(options) or run, Image=np.shape
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        with make(tmp_path, wandb="project") as log:
+            log.scalars(50, {"loss": 1.0})
+            log.previews(50, {"samples": np.zeros((1, 8, 8, 3), np.uint8)})
+    assert logged[:3] == [(50, {"loss": 1.0}), (50, {"samples": (8, 8, 3)}), "finished"]
+    assert runs[0] == runs[1] and runs[0]["project"] == "project"
+    assert runs[0]["resume"] == "allow" and len(runs[0]["id"]) == 8
+
+
+def test_wandb_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb='p' needs wandb: pip install"):
+        make(tmp_path, wandb="p")
 
 
 def test_other_processes_say_and_write_nothing(tmp_path, capsys, monkeypatch):

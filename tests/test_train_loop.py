@@ -7,9 +7,11 @@ WORKDIR JSON [COORDINATOR PROCESSES PROCESS]. JSON has changes to the config, an
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from PIL import Image
 
 from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import loop, mesh
+from dalle2_jax.train import loop, mesh, optim
 
 WIDTH = 256
 
@@ -39,6 +41,7 @@ class Stage(NamedTuple):
     preview: Any
     export: Any
     start: Any = None
+    compares: bool = False
 
 
 def linear(width=WIDTH, noise=0.01):
@@ -89,7 +92,10 @@ def make_config(**changes):
             "preview_every": 0,
             "save_every": 5,
             "keep": 2,
+            "keep_every": 0,
             "tensorboard": False,
+            "wandb": "",
+            "profile": "",
             "optim": {"learning_rate": 1e-3, "warmup": 4, "weight_decay": 0.01},
             "mesh": {"data": -1, "fsdp": 1},
         }
@@ -135,9 +141,9 @@ def train_elsewhere(workdir, **changes):
 def read_metrics(workdir):
     """The lines of metrics.jsonl without the times."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    times = {"steps_per_s", "images_per_s", "data_wait"}
     return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s")}
-        for line in lines
+        {k: v for k, v in json.loads(line).items() if k not in times} for line in lines
     ]
 
 
@@ -173,10 +179,14 @@ def test_a_run_learns_and_leaves_a_model(tmp_path):
     state = train(tmp_path, make_config(steps=12, preview_every=6, save_every=0))
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [5, 6, 10, 10, 12, 12, 12]
-    assert lines[0].keys() == {"step", "loss", "root", "grad_norm"}
+    names = {"step", "loss", "root", "grad_norm", "ema_distance"}
+    assert lines[0].keys() == names
     assert lines[1].keys() == {"step", "preview/largest"}
     assert lines[3].keys() == {"step", "heldout/error"}
     assert lines[4]["loss"] < lines[0]["loss"]
+    norm = optax.tree.norm
+    behind = norm(optax.tree.sub(state.params, state.ema)) / norm(state.params)
+    assert lines[4]["ema_distance"] == pytest.approx(behind, rel=1e-5) > 0
     for step in (6, 12):
         with Image.open(tmp_path / "previews" / f"kernel_{step:07d}.png") as grid:
             assert grid.size == (3 * 8 + 2 * 2, 2 * 8 + 2)
@@ -327,6 +337,54 @@ def test_a_run_continues_with_other_steps_and_on_another_mesh(whole, tmp_path, c
     assert "config changed: mesh.fsdp 1 -> 4" in out
 
 
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def limit_files(size):
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(whole, tmp_path):
+    saved = tmp_path / "checkpoints" / "10"
+    events = {12: [lambda: wait_for(saved), lambda: limit_files(2**16)]}
+    before, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(UserError, match="where the last one is of step 10: ") as e:
+            train(tmp_path, batches=make_batches(events=events))
+    finally:
+        limit_files(before)
+    assert "\n" not in str(e.value)
+    assert_equal(train(tmp_path), whole[1])
+    assert read_metrics(tmp_path) == read_metrics(whole[0])
+
+
+def test_a_workdir_that_is_taken_away(whole, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+
+    def take_away():
+        wait_for(checkpoints / "10")
+        checkpoints.rename(tmp_path / "elsewhere")
+        checkpoints.touch()
+
+    with pytest.raises(UserError, match=f"cannot save a checkpoint to {checkpoints}"):
+        train(tmp_path, batches=make_batches(events={12: [take_away]}))
+    checkpoints.unlink()
+    (tmp_path / "elsewhere").rename(checkpoints)
+    assert latest(tmp_path) == 10
+    assert_equal(train(tmp_path), whole[1])
+
+
+def test_some_checkpoints_are_kept_for_good(whole, tmp_path):
+    train(tmp_path, make_config(save_every=2, keep=1, keep_every=8))
+    kept = {int(path.name) for path in (tmp_path / "checkpoints").glob("*")}
+    assert kept == {8, 16, 20}
+    (tmp_path / "checkpoints" / "20").rename(tmp_path / "20")
+    assert_equal(train(tmp_path), whole[1])  # from 16
+
+
 # What a step computes
 
 
@@ -363,6 +421,55 @@ def test_accumulation_equals_the_big_batch():
     (*_, small), small_metrics = run_updates(3, accumulate=2, ema_decay=0.5)
     assert_close(small, big)
     assert small_metrics["loss"] == pytest.approx(big_metrics["loss"])
+
+
+def test_a_loss_that_compares_sees_all_micro_batches():
+    """Its gradient is of the variance over the batch, not the mean of parts' variances.
+
+    Which is the larger, and the same whatever the parts.
+    """
+    stage = linear(noise=0)
+
+    def loss(params, frozen, batch, key):
+        y = (batch["x"] @ params["kernel"]).reshape(-1, WIDTH)
+        assert len(y) == 16
+        return y.var(axis=0).mean(), {}
+
+    stage = stage._replace(loss=loss)
+    options = dict(stage=stage, ema_decay=0.5, compares=True)
+    (*_, big), big_metrics = run_updates(3, **options)
+    (*_, small), small_metrics = run_updates(3, accumulate=2, **options)
+    assert_close(small, big)
+    assert small_metrics["loss"] == pytest.approx(big_metrics["loss"])
+
+
+def test_sam_takes_the_gradient_from_where_the_loss_is_highest():
+    """On |x - a|^2 / 2 the gradient is x - a, and SAM's (x - a)(1 + rho / |x - a|)."""
+    a, x = np.array([1.0, -2, 0.5]), np.array([0.25, 1, 3])
+    accumulate = 2
+    optimizer = optim.sam(optax.with_extra_args_support(optax.sgd(0.1)), rho=0.3)
+
+    def loss(params, frozen, batch, key):
+        return jnp.sum((params - batch.mean(axis=0)) ** 2) / 2, {}
+
+    update = jax.jit(
+        loop.make_update(loss, optimizer, jax.random.key(0), ema_decay=0.5)
+    )
+    state = loop.first_state(jnp.float32(x), optimizer)
+    batch = jnp.broadcast_to(jnp.float32(a), (accumulate, 4, 3))
+    for step in range(2):
+        state, metrics = update(state, {}, batch, step)
+        distance = np.linalg.norm(x - a)
+        np.testing.assert_allclose(metrics["loss"], distance**2 / 2, rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], distance, rtol=1e-5)
+        x = x - 0.1 * (x - a) * (1 + 0.3 / distance)
+        np.testing.assert_allclose(state.params, x, rtol=1e-5)
+
+
+def test_sam_in_bfloat16(tmp_path):
+    config = make_config(optim={"sam_rho": 0.05, "warmup": 0})
+    state = train(tmp_path, config, stage=start_from(7, jnp.bfloat16))
+    assert state.step == 20 and losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 
 def test_micro_batches_have_their_own_noise():
@@ -450,6 +557,13 @@ def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch, workdir):
 def test_a_batch_that_does_not_divide(tmp_path, batch_size, accumulate):
     config = make_config(batch_size=batch_size, accumulate=accumulate)
     with pytest.raises(UserError, match=f"batch_size={batch_size} must be a multiple"):
+        train(tmp_path, config)
+
+
+@pytest.mark.parametrize("keep_every, save_every", [(7, 5), (5, 10), (5, 0)])
+def test_what_is_not_saved_is_not_kept(tmp_path, keep_every, save_every):
+    config = make_config(keep_every=keep_every, save_every=save_every)
+    with pytest.raises(UserError, match=f"keep_every={keep_every} must be a multiple"):
         train(tmp_path, config)
 
 

@@ -135,6 +135,36 @@ def test_adafactor_decays_by_the_learning_rate():
     np.testing.assert_array_equal(updates["bias"], 0)
 
 
+@pytest.mark.parametrize("options", [{}, {"name": "muon"}, {"clip_norm": 0.1}])
+def test_sam_is_the_optimiser_at_another_gradient(options):
+    """As optax.contrib.sam has it, with gradient ascent of length rho."""
+    params = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]]), "bias": jnp.ones(2)}
+
+    def loss(p, _=None):
+        return jnp.sum(jnp.tanh(p["kernel"] @ p["bias"]) ** 2) + jnp.sum(p["bias"] ** 4)
+
+    ours = optim.make(100, learning_rate=0.1, sam_rho=0.2, **options)
+    peer = optax.contrib.sam(
+        optim.make(100, learning_rate=0.1, **options),
+        optax.chain(optax.contrib.normalize(), optax.sgd(0.2)),
+        opaque_mode=True,
+    )
+    mine, theirs = params, params
+    state, peer_state = ours.init(params), peer.init(params)
+    for _ in range(3):
+        grads = jax.grad(loss)(mine)
+        updates, state = ours.update(grads, state, mine, gradient=jax.grad(loss))
+        mine = optax.apply_updates(mine, updates)
+        grads = jax.grad(loss)(theirs)
+        updates, peer_state = peer.update(
+            grads, peer_state, theirs, grad_fn=jax.grad(loss)
+        )
+        theirs = optax.apply_updates(theirs, updates)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert abs(mine["bias"] - params["bias"]).max() > 0.1
+
+
 @pytest.mark.parametrize("value", [1.001, -1.001, 0.3, 1e-30, 0.0, 2.0])
 def test_rounding_at_random(value):
     """To one of two neighbours, and to the value on average."""
@@ -160,6 +190,7 @@ def test_rounding_at_random(value):
         ({"learning_rate": -1.0}, "optim.learning_rate is -1.0"),
         ({"warmup": -1}, "optim.warmup is -1"),
         ({"clip_norm": -1.0}, "optim.clip_norm is -1.0"),
+        ({"sam_rho": -1.0}, "optim.sam_rho is -1.0"),
     ],
 )
 def test_options_that_cannot_be(options, message):

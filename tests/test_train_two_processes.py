@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from dalle2_jax import checkpoint
+from dalle2_jax.train.mesh import with_shardings
 
 SCRIPT = Path(__file__).with_name("test_train_loop.py")
 
@@ -27,11 +30,11 @@ def start(workdir, devices, *cluster, **config):
     return subprocess.Popen(command, env=environment)
 
 
-def train_in_two(workdir, **config):
+def train_in_two(workdir, devices=4, **config):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    processes = [start(workdir, 4, coordinator, 2, i, **config) for i in range(2)]
+    processes = [start(workdir, devices, coordinator, 2, i, **config) for i in range(2)]
     return [process.wait(timeout=120) for process in processes]
 
 
@@ -58,3 +61,27 @@ def test_two_processes_train_as_one(tmp_path, mesh):
     models = [checkpoint.load(tmp_path / n / "model") for n in ("one", "two")]
     kernels = [model.params["linear"]["kernel"] for model in models]
     np.testing.assert_allclose(*kernels, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_other_processes_and_on_another_mesh(tmp_path):
+    """From two processes to one of two devices, which share the state, and back."""
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    split = {"mesh": {"data": 1, "fsdp": 2}}
+    assert train_in_two(parts, devices=1, steps=8) == [0, 0]
+    assert start(parts, 2, steps=14, **split).wait() == 0
+    assert train_in_two(parts, devices=1, steps=20, **split) == [0, 0]
+    assert start(whole, 2, steps=20).wait() == 0
+    found, expected = losses(parts), losses(whole)
+    assert list(found) == list(expected) == list(range(1, 21))
+    np.testing.assert_allclose([*found.values()], [*expected.values()], rtol=1e-5)
+    here = SingleDeviceSharding(jax.devices()[0])
+    states = []
+    for workdir in (parts, whole):
+        with checkpoint.Run(workdir / "checkpoints") as run:
+            shapes = run.shapes()
+            places = jax.tree.map(lambda _: here, shapes)
+            states.append(run.restore(with_shardings(shapes, places)))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), *states
+    )

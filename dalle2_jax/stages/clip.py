@@ -4,7 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
@@ -21,6 +22,8 @@ from dalle2_jax.stages.stage import (
     make_batches,
     open_source,
 )
+
+SHOWN = 16  # pictures, whose similarities are previewed
 
 
 def network(config: ConfigDict, text: tokenizer.Tokenizer) -> dict[str, Any]:
@@ -51,15 +54,95 @@ def contrastive_loss(
     return (to_text + to_image) / 2, logits
 
 
+def chunked_contrastive_loss(
+    z_image: Float[Array, "b d"],
+    z_text: Float[Array, "b d"],
+    temperature: Float[Array, ""],
+    tokens: Int[Array, "b l"],
+    chunk: int,
+) -> tuple[Float[Array, " b"], Bool[Array, " b"], Bool[Array, " b"]]:
+    """The same loss without the [b, b] logits in memory, here or in its gradient.
+
+    Each device has its own rows' embeddings and gathers the others', and nothing else.
+    It goes through its rows in chunks, whose logits it makes again for the gradient:
+    [chunk, b] of them are in memory at a time.
+
+    Args:
+      chunk: rows; must divide those of each device.
+
+    Returns:
+      The loss of each example, and whether the caption nearest to its picture is its
+      own, and the picture nearest to its caption.
+
+    Raises:
+      UserError: the rows don't divide by chunk.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = len(tokens) // max(mesh.size, 1)  # 0 without one
+    if rows % chunk:
+        raise UserError(
+            f"loss_chunk={chunk} must divide the {rows} rows that each device has of "
+            f"a batch of {len(tokens)}"
+        )
+
+    def losses(z_image, z_text, temperature, tokens):
+        mine = tuple(
+            z / jnp.linalg.norm(z, axis=-1, keepdims=True) for z in (z_image, z_text)
+        )
+        *all_z, all_tokens = (_gather(x, mesh) for x in (*mine, tokens))
+        first = jax.lax.axis_index(mesh.axis_names) * rows if mesh.size > 1 else 0
+
+        @jax.checkpoint
+        def compare(z, tokens, rows, others):
+            """Of rows and all columns: the loss, and whether its own is nearest."""
+            logits = temperature * z @ others.T
+            same = jnp.all(tokens[:, None] == all_tokens, axis=-1)
+            own = rows[:, None] == jnp.arange(len(others))
+            masked = jnp.where(same & ~own, -jnp.inf, logits)
+            log_p = jax.nn.log_softmax(masked, axis=1)
+            at = jnp.arange(len(z))
+            return -log_p[at, rows], same[at, logits.argmax(1)]
+
+        def step(_, chunk):
+            z_image, z_text, tokens, rows = chunk
+            to_text, found_text = compare(z_image, tokens, rows, all_z[1])
+            to_image, found_image = compare(z_text, tokens, rows, all_z[0])
+            return None, ((to_text + to_image) / 2, found_text, found_image)
+
+        chunks = jax.tree.map(
+            lambda x: x.reshape(-1, chunk, *x.shape[1:]),
+            (*mine, tokens, first + jnp.arange(rows)),
+        )
+        _, outputs = jax.lax.scan(step, None, chunks)
+        return jax.tree.map(lambda x: x.reshape(-1), outputs)
+
+    if mesh.size > 1:
+        split, everywhere = P(mesh.axis_names), P()
+        losses = jax.shard_map(
+            losses,
+            in_specs=(split, split, everywhere, split),
+            out_specs=split,
+        )
+    return losses(z_image, z_text, temperature, tokens)
+
+
+def _gather(x: Array, mesh: Any) -> Array:
+    return jax.lax.all_gather(x, mesh.axis_names, tiled=True) if mesh.size > 1 else x
+
+
 def _same_caption(tokens: Int[Array, "b l"]) -> Array:
     return jnp.all(tokens[:, None] == tokens[None], axis=-1)
 
 
+def _rows(tree: Any) -> Any:
+    """All rows of [accumulate, b, ...], ordered so that none leaves its device."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
 def similarity_picture(logits: Float[Array, "b b"]) -> UInt8[Array, "1 s s 3"]:
-    """The first 16 × 16 similarities in gray, a square each; the diagonal is right."""
-    shown = logits[:16, :16]
-    low, high = shown.min(), shown.max()
-    gray = ((shown - low) / (high - low + 1e-6) * 255).astype(jnp.uint8)
+    """The similarities in gray, a square each; the diagonal is right."""
+    low, high = logits.min(), logits.max()
+    gray = ((logits - low) / (high - low + 1e-6) * 255).astype(jnp.uint8)
     gray = jnp.repeat(jnp.repeat(gray, 12, axis=0), 12, axis=1)
     return jnp.repeat(gray[None, :, :, None], 3, axis=-1)
 
@@ -74,29 +157,46 @@ def make(config: ConfigDict) -> Stage:
     def init(key: Array) -> Any:
         return model.init(key, *model.example())["params"]
 
-    def compare(params: Any, batch: Batch) -> tuple[Array, Array]:
+    def embed(params: Any, batch: Batch) -> tuple[Array, Array, Array]:
         pictures = image.clip_normalize(image.to_float(batch["clip_image"]))
-        tokens = batch["tokens"]
-        outputs = model.apply({"params": params}, pictures, tokens)
-        return contrastive_loss(*outputs, tokens)
+        return model.apply({"params": params}, pictures, batch["tokens"])
+
+    def compare(z_image: Array, z_text: Array, temperature: Array, tokens: Array):
+        """The losses, and whether picture and caption find each other."""
+        if config.loss_chunk:
+            arguments = z_image, z_text, temperature, tokens, config.loss_chunk
+            return chunked_contrastive_loss(*arguments)
+        losses, logits = contrastive_loss(z_image, z_text, temperature, tokens)
+        same = _same_caption(tokens)
+        rows = jnp.arange(len(same))
+        return losses, same[rows, logits.argmax(1)], same[logits.argmax(0), rows]
 
     def loss(params: Any, frozen: Any, batch: Batch, key: Array):
-        losses, _ = compare(params, batch)
+        """Over all micro-batches, each embedded alone and once more for its gradient.
+
+        So that many negatives need no more memory (Gao et al. 2021, arXiv 2101.06983).
+        """
+        if len(batch["tokens"]) == 1:
+            z_image, z_text, temperature = embed(params, _rows(batch))
+        else:
+            one = jax.checkpoint(lambda micro: embed(params, micro))
+            z_image, z_text, temperature = jax.lax.map(one, batch)
+            z_image, z_text, temperature = *_rows((z_image, z_text)), temperature[0]
+        losses, *_ = compare(z_image, z_text, temperature, _rows(batch["tokens"]))
         temperature = jnp.exp(params["logit_scale"])
         return losses.mean(), {"temperature": jnp.minimum(temperature, 100.0)}
 
     def metrics(params: Any, frozen: Any, batch: Batch, key: Array):
-        losses, logits = compare(params, batch)
-        same = _same_caption(batch["tokens"])
-        rows = jnp.arange(len(same))
+        losses, text, picture = compare(*embed(params, batch), batch["tokens"])
         return {
             "loss": losses,
-            "picture_to_caption": 1.0 * same[rows, logits.argmax(1)],
-            "caption_to_picture": 1.0 * same[logits.argmax(0), rows],
+            "picture_to_caption": 1.0 * text,
+            "caption_to_picture": 1.0 * picture,
         }
 
     def preview(params: Any, frozen: Any, batch: Batch, key: Array):
-        _, logits = compare(params, batch)
+        few = {name: x[:SHOWN] for name, x in batch.items()}
+        _, logits = contrastive_loss(*embed(params, few), few["tokens"])
         return {"similarity": similarity_picture(logits)}
 
     def export(params: Any) -> dict[str, Any]:
@@ -114,6 +214,7 @@ def make(config: ConfigDict) -> Stage:
         ),
         export=export,
         start=start_params(config, origin, "clip", net, init),
+        compares=True,
     )
 
 

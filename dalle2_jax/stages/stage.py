@@ -39,6 +39,8 @@ class Stage(NamedTuple):
         or "heldout".
       export: params -> the arguments of checkpoint.export, the workdir excepted.
       start: host arrays to start from in place of what init draws, or None.
+      compares: whether the loss compares examples with each other. Its batch is then
+        [accumulate, b, ...], all micro-batches of a step; else it is one, [b, ...].
     """
 
     name: str
@@ -50,6 +52,7 @@ class Stage(NamedTuple):
     batches: Callable[[str, int], Iterator[dict[str, np.ndarray]]]
     export: Callable[[Any], dict[str, Any]]
     start: Any = None
+    compares: bool = False
 
 
 class Base(NamedTuple):

@@ -1,11 +1,13 @@
-"""What a run tells: a line or a progress bar, metrics.jsonl, TensorBoard, pictures."""
+"""What a run tells: a line or a progress bar, files, TensorBoard, Weights & Biases."""
 
+import contextlib
 import datetime
 import json
 import math
 import os
+import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from rich.progress import (
 )
 
 from dalle2_jax.data import image
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, first_line
 
 
 class Log:
@@ -40,14 +42,18 @@ class Log:
         steps: int,
         batch_size: int,
         tensorboard: bool = False,
+        wandb: str = "",
     ):
         """Continues the log at step `start`: what it has of later steps is dropped."""
         self.active = jax.process_index() == 0
         self.workdir, self.steps, self.batch_size = workdir, steps, batch_size
+        self.least_s = None  # what a step would take at the devices' peak
         self._last = None
+        self._waited = 0.0
         if not self.active:
             return
         self._writer = _tensorboard(workdir, start) if tensorboard else None
+        self._wandb = _wandb(workdir, name, wandb) if wandb else None
         path = workdir / "metrics.jsonl"
         _drop_after(path, start)
         self._file = path.open("a")
@@ -78,7 +84,19 @@ class Log:
             self._progress.stop()
         if self._writer:
             self._writer.close()
-        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+        with self._writing():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the log to {self.workdir}: {first_line(error)}"
+            ) from error
 
     def say(self, message: str) -> None:
         """Prints a line."""
@@ -90,26 +108,48 @@ class Log:
         if self._last is None:
             # The first step was compiled before: neither counts.
             self._last = (step, time.monotonic())
+            self._waited = 0.0
         if self.active and self._progress:
             self._progress.update(self._task, completed=step)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
     def rates(self, step: int) -> dict[str, float]:
-        """Steps and images per second since the last call, or since the first step."""
+        """What the steps since the last call, or since the first step, had of time.
+
+        Steps and images per second, the part of it that was spent waiting for data, and
+        the part of the devices' peak that was used, where `least_s` is set.
+        """
         (before, then), self._last = self._last, (step, time.monotonic())
+        waited, self._waited = self._waited, 0.0
         if step == before:
             return {}
-        rate = (step - before) / (self._last[1] - then)
-        return {"steps_per_s": rate, "images_per_s": rate * self.batch_size}
+        seconds = self._last[1] - then
+        rate = (step - before) / seconds
+        found = {
+            "steps_per_s": rate,
+            "images_per_s": rate * self.batch_size,
+            "data_wait": waited / seconds,
+        }
+        return found if self.least_s is None else found | {"mfu": rate * self.least_s}
 
     def scalars(self, step: int, values: Mapping[str, float | int]) -> None:
         """Adds the values to metrics.jsonl, to TensorBoard, and shows them."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
         if self._progress and "loss" in values:
             self._progress.update(self._task, status=_status(values))
         else:
@@ -124,10 +164,15 @@ class Log:
         for name, pictures in images.items():
             grid = image.grid(pictures, math.ceil(math.sqrt(len(pictures))))
             path = self.workdir / "previews" / f"{name}_{step:07d}.png"
-            path.parent.mkdir(exist_ok=True)
-            image.save_png(path, grid, {"step": str(step)})
+            with self._writing():
+                path.parent.mkdir(exist_ok=True)
+                image.save_png(path, grid, {"step": str(step)})
             if self._writer:
                 self._writer.add_image(name, np.asarray(grid), step, dataformats="HWC")
+            if self._wandb:
+                import wandb
+
+                self._wandb.log({name: wandb.Image(grid)}, step=step)
         scalars = {k: float(v) for k, v in outputs.items() if k not in images}
         if scalars:
             self.scalars(step, {f"preview/{k}": v for k, v in scalars.items()})
@@ -157,6 +202,23 @@ def _tensorboard(workdir: Path, start: int) -> Any:
             "tensorboard=True needs tensorboardX: pip install 'dalle2_jax[tensorboard]'"
         ) from error
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+
+
+def _wandb(workdir: Path, name: str, project: str) -> Any:
+    """A run of Weights & Biases, the same one when this run goes on."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"wandb={project!r} needs wandb: pip install 'dalle2_jax[wandb]'"
+        ) from error
+    path = workdir / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    identity = path.read_text()
+    return wandb.init(
+        project=project, name=name, id=identity, resume="allow", dir=str(workdir)
+    )
 
 
 def _line(values: Mapping[str, float | int]) -> str:

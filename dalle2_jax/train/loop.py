@@ -23,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import checkpoint, xla
 from dalle2_jax.errors import UserError
+from dalle2_jax.train import measure, optim
 from dalle2_jax.train import mesh as meshes
-from dalle2_jax.train import optim
 from dalle2_jax.train.log import Log
 
 # Makes the batches from a given step on, each a dict of this process's rows.
@@ -62,7 +62,7 @@ def train(
         config: its ConfigDict. The loop reads seed, steps, batch_size, accumulate,
             ema_decay, log_every, eval_every, eval_batches, preview_every, save_every
             (each also at the last step; 0 for never, but the last step is saved), keep,
-            tensorboard, and the sections optim and mesh.
+            keep_every, tensorboard, wandb, profile, and the sections optim and mesh.
         batches: step -> iterator of batches of `batch_size / processes` rows.
         heldout: the same, of examples that are not trained on; always read from 0.
         workdir: for checkpoints, metrics.jsonl, previews and the exported model.
@@ -77,12 +77,14 @@ def train(
     """
     workdir = _make_workdir(workdir)
     mesh = meshes.make(**config.mesh)
-    _check_batch_size(config, mesh)
+    _check(config, mesh)
     saved_config = json.loads(json.dumps(config.to_dict()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone(workdir))
         stack.enter_context(jax.set_mesh(mesh))
-        run = stack.enter_context(checkpoint.Run(workdir / "checkpoints", config.keep))
+        run = stack.enter_context(
+            checkpoint.Run(workdir / "checkpoints", config.keep, config.keep_every)
+        )
         interrupted = stack.enter_context(_interruption(run))
 
         # The state: a new one, or the latest that is complete on disk.
@@ -119,8 +121,10 @@ def train(
                 steps=config.steps,
                 batch_size=config.batch_size,
                 tensorboard=config.tensorboard,
+                wandb=config.wandb,
             )
         )
+        profile = stack.enter_context(measure.profiling(workdir, config.profile, start))
         log.say(
             f"{stage.name}: {_count(state.params):,} parameters, batch "
             f"{config.batch_size}, {mesh.size} devices {dict(mesh.shape)}"
@@ -135,10 +139,13 @@ def train(
         everywhere = NamedSharding(mesh, PartitionSpec())
         jit = functools.partial(jax.jit, compiler_options=xla.compiler_options())
         update = jit(
-            make_update(stage.loss, optimizer, step_key, config.ema_decay),
+            make_update(
+                stage.loss, optimizer, step_key, config.ema_decay, stage.compares
+            ),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
         )
+        distance = jit(ema_distance, out_shardings=everywhere)
         metrics = jit(stage.metrics, out_shardings=everywhere)
         preview = jit(stage.preview, out_shardings=everywhere)
 
@@ -147,7 +154,12 @@ def train(
             stack.callback(data.close)
         recent = []  # what the steps since the last log line gave, still on the devices
         for step in range(start + 1, config.steps + 1):
-            batch = meshes.put_batch(next(data), mesh, config.accumulate)
+            profile(step, recent[-1:])
+            with log.waiting():
+                batch = next(data)
+            batch = meshes.put_batch(batch, mesh, config.accumulate)
+            if step == start + 1:
+                log.least_s = measure.least_seconds(update, state, frozen, batch)
             state, values = update(state, frozen, batch, np.int32(step - 1))
             recent.append(values)
             # Two steps in flight keep the devices busy; the batches of more would only
@@ -158,7 +170,8 @@ def train(
 
             if _due(config.log_every, step, config.steps):
                 _check_finite(state, step, run, saved_config)
-                log.scalars(step, _means(recent) | _skipped(data) | log.rates(step))
+                values = _means(recent) | {"ema_distance": float(distance(state))}
+                log.scalars(step, values | _skipped(data) | log.rates(step))
                 recent = []
             if _due(config.eval_every, step, config.steps):
                 values = [
@@ -194,6 +207,8 @@ def train(
         model = stage.export(ema)
         if jax.process_index() == 0:
             checkpoint.export(workdir / "model", **model)
+        # The others may read it from here on, as the next stage does.
+        multihost_utils.sync_global_devices("export")
         log.say(f"step {state.step} is done; the model is in {workdir / 'model'}")
         return state
 
@@ -209,37 +224,52 @@ def make_update(
     optimizer: optax.GradientTransformation,
     key: jax.Array,
     ema_decay: float,
+    compares: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the training step, (state, frozen, batch, step) -> (state, metrics).
 
-    The batch is [accumulate, b, ...]; gradients are averaged over its first axis.
+    The batch is [accumulate, b, ...]; gradients are averaged over its first axis. A
+    loss that `compares` examples with each other is given all of it, with one key.
 
     A step whose loss or gradient is not finite leaves the state as it was, and so do
     all steps after it, because their `step` is no longer the state's. So the host need
     not look at every step to stop at the last good one.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-    def update(state, frozen, batch, step):
+    def gradient(params, frozen, batch, keys):
+        """In float32, and what the loss says, both averaged over the micro-batches."""
+
         def add(total, micro):
-            (value, extra), grads = value_and_grad(state.params, frozen, *micro)
+            (value, extra), grads = value_and_grad(params, frozen, *micro)
             return jax.tree.map(jnp.add, total, grads), {**extra, "loss": value}
 
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        if compares:
+            return add(zeros, (batch, keys[0]))
+        if len(keys) == 1:  # XLA's CPU backend is several times slower in a loop
+            return add(zeros, jax.tree.map(lambda x: x[0], (batch, keys)))
+        grads, metrics = jax.lax.scan(add, zeros, (batch, keys))
+        grads = jax.tree.map(lambda x: x / len(keys), grads)
+        return grads, jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
+
+    def update(state, frozen, batch, step):
         accumulate = len(jax.tree.leaves(batch)[0])
         keys = jax.random.split(jax.random.fold_in(key, step), accumulate + 1)
         keys, round_key = keys[:-1], keys[-1]
-        wide = optax.tree.cast(state.params, jnp.float32)
-        zeros = jax.tree.map(jnp.zeros_like, wide)
-        if accumulate == 1:  # XLA's CPU backend is several times slower in a loop
-            first = jax.tree.map(lambda x: x[0], (batch, keys))
-            grads, metrics = add(zeros, first)
-        else:
-            grads, metrics = jax.lax.scan(add, zeros, (batch, keys))
-        grads = jax.tree.map(lambda x: x / accumulate, grads)
-        metrics = jax.tree.map(jnp.mean, metrics)
+
+        def gradient_at(wide):
+            params = _narrow(wide, state.params, round_key)
+            return gradient(params, frozen, batch, keys)[0]
+
+        grads, metrics = gradient(state.params, frozen, batch, keys)
         metrics["grad_norm"] = optax.tree.norm(grads)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, wide)
+        wide = optax.tree.cast(state.params, jnp.float32)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, wide, gradient=gradient_at
+        )
         wide = optax.apply_updates(wide, updates)
         # Short runs would else average in their first, random params: the decay rises
         # to its value as TensorFlow's ExponentialMovingAverage has it.
@@ -247,8 +277,8 @@ def make_update(
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, wide)
         params = _narrow(wide, state.params, round_key)
 
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        good = finite & (state.step == step)
+        numbers = metrics["loss"], metrics["grad_norm"], optax.tree.norm(updates)
+        good = jnp.isfinite(jnp.stack(numbers)).all() & (state.step == step)
         state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
             TrainState(state.step + 1, params, ema, opt_state),
@@ -257,6 +287,13 @@ def make_update(
         return state, metrics
 
     return update
+
+
+def ema_distance(state: TrainState) -> jax.Array:
+    """How far the average is behind the params, |params - ema| / |params|."""
+    wide = optax.tree.cast(state.params, jnp.float32)
+    behind = optax.tree.sub(wide, state.ema)
+    return optax.tree.norm(behind) / optax.tree.norm(wide)
 
 
 def _narrow(wide: Any, like: Any, key: jax.Array) -> Any:
@@ -379,10 +416,15 @@ def _alone(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_batch_size(config: Any, mesh: Mesh) -> None:
+def _check(config: Any, mesh: Mesh) -> None:
     unit = max(config.accumulate, 1) * mesh.size
     if config.accumulate < 1 or config.batch_size < 1 or config.batch_size % unit:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of {unit}, "
             f"accumulate={config.accumulate} times {mesh.size} devices"
+        )
+    if config.keep_every and config.keep_every % (config.save_every or np.inf):
+        raise UserError(
+            f"keep_every={config.keep_every} must be a multiple of save_every="
+            f"{config.save_every}: what isn't saved can't be kept"
         )

@@ -1,0 +1,84 @@
+"""Several processes as one run: found out, or told by flags."""
+
+import os
+import re
+import warnings
+
+import jax
+
+from dalle2_jax.errors import UserError, first_line
+
+
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the processes of a run; to be called before JAX is first used.
+
+    With no argument, JAX asks what has started this process: a TPU pod (Cloud TPU VMs
+    or GKE), SLURM, Open MPI, a Kubernetes indexed Job, or JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID. Where there is none of these, or with
+    num_processes=1, the process is alone.
+
+    Args:
+        coordinator: HOST:PORT of process 0, where it listens.
+        num_processes: how many there are.
+        process_id: which this one is, from 0.
+
+    Raises:
+        UserError: some of the three are missing or can't be, or the others aren't met.
+    """
+    given = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if num_processes == 1 and len(missing) == 2:
+        return
+    if len(missing) in (1, 2):
+        raise UserError(
+            f"{' and '.join(missing)} missing: a process of several is told "
+            "--coordinator=HOST:PORT, --num_processes=N and --process_id=I"
+        )
+    if missing and _in_pod():
+        return
+    if not missing:
+        _check(**given)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            jax.distributed.initialize(
+                coordinator,
+                num_processes,
+                process_id,
+                cluster_detection_method=None if missing else "deactivate",
+            )
+    except (ValueError, RuntimeError, OSError) as error:
+        alone = missing and "coordinator_address should be defined" in str(error)
+        if not alone:
+            raise UserError(
+                f"cannot join the processes of this run: {first_line(error)}; a "
+                "process that is to run alone is told so with --num_processes=1"
+            ) from error
+
+
+def _in_pod() -> bool:
+    """Whether JAX would take a pod of Kubernetes that is no part of a Job for one."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ and not (
+        {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} & os.environ.keys()
+    )
+
+
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    if not re.fullmatch(r"\S+:\d+", coordinator):
+        raise UserError(
+            f"--coordinator={coordinator}: write HOST:PORT, as 10.0.0.1:1234"
+        )
+    if num_processes < 1:
+        raise UserError(f"--num_processes={num_processes} must be at least 1")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process_id={process_id} must be from 0 to {num_processes - 1}, below "
+            f"--num_processes={num_processes}"
+        )

@@ -1,0 +1,135 @@
+"""How the processes of a run find each other; two real ones, through train.py."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dalle2_jax import checkpoint
+from dalle2_jax.errors import UserError
+from dalle2_jax.train import cluster
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def initialize(monkeypatch):
+    """Records what JAX is asked for, in place of waiting for other processes."""
+    calls = []
+
+    def record(*arguments, **options):
+        calls.append((arguments, options))
+
+    monkeypatch.setattr(jax.distributed, "initialize", record)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("a:1", None, None), "--num_processes and --process_id missing"),
+        (("a:1", 2, None), "--process_id missing"),
+        ((None, 2, 0), "--coordinator missing"),
+        ((None, 2, None), "--coordinator and --process_id missing"),
+        (("a", 2, 0), "--coordinator=a: write HOST:PORT"),
+        (("a:1", 0, 0), "--num_processes=0 must be at least 1"),
+        (("a:1", 2, 2), "--process_id=2 must be from 0 to 1"),
+        (("a:1", 2, -1), "--process_id=-1 must be from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_joined(arguments, message, initialize):
+    with pytest.raises(UserError, match=message):
+        cluster.join(*arguments)
+    assert not initialize
+
+
+def test_three_flags_leave_nothing_to_be_found_out(initialize):
+    cluster.join("host:1234", 2, 1)
+    options = {"cluster_detection_method": "deactivate"}
+    assert initialize == [(("host:1234", 2, 1), options)]
+
+
+def test_alone_by_a_flag(initialize):
+    cluster.join(num_processes=1)
+    assert not initialize
+
+
+def test_alone_where_nothing_has_started_it():
+    cluster.join()
+    assert not jax.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("job", [{}, {"JOB_COMPLETION_INDEX": "0"}])
+def test_a_pod_of_kubernetes_is_alone_unless_in_a_job(job, monkeypatch, initialize):
+    for name, value in {"KUBERNETES_SERVICE_HOST": "10.0.0.1", **job}.items():
+        monkeypatch.setenv(name, value)
+    cluster.join()
+    assert len(initialize) == len(job)
+
+
+def test_half_of_jaxs_variables(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    with pytest.raises(UserError, match="Number of processes must .*--num_processes=1"):
+        cluster.join()
+
+
+def train(workdir, *flags, devices, variables=None, steps=6):
+    command = [
+        *(sys.executable, "train.py", "--config=configs/clip.py:tiny"),
+        f"--workdir={workdir}",
+        f"--config.steps={steps}",
+        "--config.log_every=1",
+        *flags,
+    ]
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, **(variables or {})}
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def losses(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["flags", "slurm"])
+def test_two_processes_train_as_one(tmp_path, how):
+    port = free_port()
+
+    def one_of_two(i):
+        if how == "flags":
+            flags = f"--coordinator=localhost:{port}", "--num_processes=2"
+            return train(tmp_path / how, *flags, f"--process_id={i}", devices=1)
+        variables = {
+            "JAX_COORDINATOR_PORT": str(port),
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(i),
+            "SLURM_LOCALID": str(i),
+        }
+        return train(tmp_path / how, devices=1, variables=variables)
+
+    processes = [one_of_two(i) for i in range(2)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert train(tmp_path / "one", devices=2).wait(timeout=300) == 0
+    expected = losses(tmp_path / "one")
+    assert len(expected) == 6
+    np.testing.assert_allclose(losses(tmp_path / how), expected, rtol=1e-5)
+    kernels = [
+        checkpoint.load(tmp_path / name / "model").params["clip"]["text"]["projection"]
+        for name in ("one", how)
+    ]
+    np.testing.assert_allclose(*(k["kernel"] for k in kernels), rtol=1e-3, atol=1e-5)
