@@ -77,7 +77,7 @@ def train(
     """
     workdir = _make_workdir(workdir)
     mesh = meshes.make(**config.mesh)
-    _check_batch_size(config, mesh)
+    check_batch_size(config, mesh)
     saved_config = json.loads(json.dumps(config.to_dict()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone(workdir))
@@ -132,15 +132,18 @@ def train(
 
         # What runs on the devices. `frozen` is an argument of each: what a compiled
         # function captures would be copied into its program.
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        jit = functools.partial(jax.jit, compiler_options=xla.compiler_options())
-        update = jit(
+        options = xla.compiler_options()
+        update = jit_update(
             make_update(stage.loss, optimizer, step_key, config.ema_decay),
-            out_shardings=(shardings, everywhere),
-            donate_argnums=0,
+            shardings,
+            options,
         )
-        metrics = jit(stage.metrics, out_shardings=everywhere)
-        preview = jit(stage.preview, out_shardings=everywhere)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        jit = functools.partial(
+            jax.jit, out_shardings=everywhere, compiler_options=options
+        )
+        metrics = jit(stage.metrics)
+        preview = jit(stage.preview)
 
         data = batches(start)
         if hasattr(data, "close"):
@@ -257,6 +260,27 @@ def make_update(
         return state, metrics
 
     return update
+
+
+def jit_update(
+    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    shardings: TrainState,
+    options: dict[str, Any],
+) -> Any:
+    """The training step as it runs: on the state in place, its metrics everywhere.
+
+    Args:
+        update: of `make_update`.
+        shardings: of the state.
+        options: XLA's.
+    """
+    everywhere = NamedSharding(shardings.step.mesh, PartitionSpec())
+    return jax.jit(
+        update,
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+        compiler_options=options,
+    )
 
 
 def _narrow(wide: Any, like: Any, key: jax.Array) -> Any:
@@ -379,7 +403,8 @@ def _alone(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_batch_size(config: Any, mesh: Mesh) -> None:
+def check_batch_size(config: Any, mesh: Mesh) -> None:
+    """A UserError where a micro-batch can't be split evenly over the mesh."""
     unit = max(config.accumulate, 1) * mesh.size
     if config.accumulate < 1 or config.batch_size < 1 or config.batch_size % unit:
         raise UserError(
