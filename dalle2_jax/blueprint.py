@@ -80,9 +80,8 @@ def train(
         example = next(stage.batches("train", 0))
     optimizer = optim.make(config.steps, **config.optim)
     state = jax.eval_shape(lambda p: loop.first_state(p, optimizer), stage.start)
-    update = loop.make_update(
-        stage.loss, optimizer, jax.random.key(config.seed), config.ema_decay
-    )
+    _, key, _ = jax.random.split(jax.random.key(config.seed), 3)
+    update = loop.make_update(stage.loss, optimizer, key, config.ema_decay)
     shardings = meshes.shardings(state, mesh)
     state = meshes.with_shardings(state, shardings)
     frozen = meshes.with_shardings(stage.frozen, meshes.shardings(stage.frozen, mesh))

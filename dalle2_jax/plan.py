@@ -7,7 +7,7 @@ compiles the training step for those chips (with --sample, the sampling loop) an
 what it takes of their memory, what it computes and sends, and how long a step would
 take. --search tries meshes and recomputation. It takes minutes and gigabytes of memory.
 
-TPUs are v4, v5e, v5p or v6e, as v5e:2x2 or v5p:4x4x4; compiling for them needs libtpu
+TPUs are v5e, v5p or v6e, as v5e:2x2 or v5p:4x4x4; compiling for them needs libtpu
 (pip install libtpu), but no TPU. GPUs are a100, h100 or h200, as h100:8, and are
 estimated from what the CPU's compiler makes of the program for as many devices.
 
@@ -58,8 +58,9 @@ WIDTHS = (1, 2, 4, 8, 16, 32)  # of fsdp, that --search tries
 class Plan(NamedTuple):
     """What a program takes of each device; in bytes, and seconds a step.
 
-    Of a program that doesn't fit a TPU, the compiler tells `needed` alone: the Nones
-    are not known, and the times are those of the arithmetic.
+    Of a program that doesn't fit a TPU no more is known than `needed`: what its
+    compiler says, or the arguments if they alone are too large. The times are then
+    those of the arithmetic.
 
     Attributes:
       parameters: trained, or sampled with.
@@ -144,19 +145,20 @@ def plan(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
         for x in jax.tree.leaves(program.arguments)
     )
+    compiled, needed, limit = None, arguments, chip.hbm
+    if needed <= limit:  # else the compiler need not be asked
+        try:
+            compiled = program.traced.lower().compile(
+                LOW_EFFORT["tpu" if topology.tpu else "cpu"] if effort == "low" else {}
+            )
+        except jax.errors.JaxRuntimeError as error:
+            needed, limit = exceeded(error)
     outputs = temporary = touched = sent = compiler_seconds = None
-    try:
-        compiled = program.traced.lower().compile(
-            LOW_EFFORT["tpu" if topology.tpu else "cpu"] if effort == "low" else {}
-        )
-    except jax.errors.JaxRuntimeError as error:
-        fits, (needed, limit) = False, exceeded(error)
-    else:
+    if compiled is not None:
         memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
-        arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        temporary = memory.temp_size_in_bytes
         outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        needed, limit = arguments + outputs + temporary, chip.hbm
-        fits = needed <= limit
+        needed = memory.argument_size_in_bytes + outputs + temporary
         # The compiler counts what is in a loop once.
         touched = costs["bytes accessed"] * program.repeats
         sent = cost.collective_bytes(compiled.as_text(), mesh.size)
@@ -176,7 +178,7 @@ def plan(
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(program.params)),
         examples=program.examples,
         steps=config.steps if pictures is None else 1,
-        fits=fits,
+        fits=compiled is not None and needed <= limit,
         needed=needed,
         limit=limit,
         arguments=arguments,
@@ -199,11 +201,15 @@ def exceeded(error: Exception) -> tuple[float, float]:
     Raises:
       The error, if it is about something else.
     """
-    match = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+    size = r"\(?([\d.]+)([KMGT])\)?"
+    match = re.search(
+        rf"{size} exceeds available HBM {size}|Used {size} of {size} hbm", str(error)
+    )
     if match is None:
         raise error
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return float(match[1]) * unit[match[2]], float(match[3]) * unit[match[4]]
+    needed, a, limit, b = filter(None, match.groups())
+    return float(needed) * unit[a], float(limit) * unit[b]
 
 
 def remat(section: ConfigDict, set_to: bool | None = None) -> list[bool]:
@@ -260,7 +266,7 @@ def table(plan: Plan, chip: Chip) -> str:
         return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
     mesh = " x ".join(f"{name} {n}" for name, n in plan.mesh.items())
-    times = plan.roofline
+    times, sent = plan.roofline, plan.sent or {}
     rows = [
         (plan.program, f"{plan.parameters:,} parameters, {plan.examples:,} a step"),
         ("devices", f"{plan.topology}, {chip.name}: {mesh}"),
@@ -270,8 +276,8 @@ def table(plan: Plan, chip: Chip) -> str:
         ("  temporary", size(plan.temporary)),
         ("FLOPs a step", f"{plan.flops:.3e}, what is recomputed included"),
         ("memory traffic", size(plan.touched)),
-        ("sent by a chip", size(plan.sent and sum(plan.sent.values()))),
-        *((f"  {kind}", size(size)) for kind, size in (plan.sent or {}).items()),
+        ("sent by a chip", size(None if plan.sent is None else sum(sent.values()))),
+        *((f"  {kind}", size(count)) for kind, count in sent.items()),
         ("least time", f"{times.seconds:.4g} s, bound by {times.bound}"),
         ("  compute", f"{times.compute:.4g} s at {cost.COMPUTE:.0%} of the peak"),
         ("  memory", f"{times.memory:.4g} s at {cost.MEMORY:.0%}"),

@@ -1,5 +1,6 @@
 """Devices that need not be there, to compile for, and what each of them can do."""
 
+import math
 import os
 import re
 from importlib.util import find_spec
@@ -31,7 +32,6 @@ class Chip(NamedTuple):
 # cloud.google.com/tpu/docs/system-architecture; the network is that of one axis of the
 # torus. NVIDIA's data sheets, dense and not sparse, and NVLink one way.
 CHIPS = {
-    "v4": Chip("TPU v4", 32 * 2**30, 275e12, 1.228e12, 100e9),
     "v5e": Chip("TPU v5e", 16 * 2**30, 197e12, 0.819e12, 100e9),
     "v5p": Chip("TPU v5p", 95 * 2**30, 459e12, 2.765e12, 200e9),
     "v6e": Chip("TPU v6e", 32 * 2**30, 918e12, 1.6e12, 200e9),
@@ -63,32 +63,33 @@ def parse(name: str) -> Topology:
     Raises:
       UserError: it is neither.
     """
-    known = ", ".join(CHIPS)
+    kind, count = "", 0
     if match := re.fullmatch(r"(v\w+):(\d+(?:x\d+)*)", name):
-        kind, count = match[1], 1
-        for side in match[2].split("x"):
-            count *= int(side)
-        tpu = True
-    elif match := re.fullmatch(r"(?:gpu:)?(\d+)x([a-z]\w*)|([a-z]\w*):(\d+)", name):
-        kind, count, tpu = match[2] or match[3], int(match[1] or match[4]), False
-    else:
-        kind, count, tpu = "", 0, False
+        kind, count = match[1], math.prod(map(int, match[2].split("x")))
+    elif match := re.fullmatch(r"(?:gpu:)?(\d+)x([ah]\w+)|([ah]\w+):(\d+)", name):
+        kind, count = match[2] or match[3], int(match[1] or match[4])
     if kind not in CHIPS or count < 1:
         raise UserError(
             f"--topology={name}: give a kind of chip and how many, as v5e:16x16 or "
-            f"h100:8; the kinds are {known}"
+            f"h100:8; the kinds are {', '.join(CHIPS)}"
         )
-    return Topology(name, CHIPS[kind], count, tpu)
+    return Topology(name, CHIPS[kind], count, kind.startswith("v"))
 
 
 def devices(topology: Topology) -> list[Any]:
     """The devices to compile for: those of a TPU, or as many of the CPU.
 
     Raises:
-      UserError: libtpu is missing, or there is no such TPU.
+      UserError: libtpu is missing, there is no such TPU, or too few CPU devices.
     """
     if not topology.tpu:
-        return jax.devices("cpu")[: topology.count]
+        found = jax.devices("cpu")[: topology.count]
+        if len(found) < topology.count:
+            raise UserError(
+                f"--topology={topology.name}: JAX has only {len(found)} CPU devices to "
+                f"compile for: set JAX_NUM_CPU_DEVICES={topology.count}"
+            )
+        return found
     if find_spec("libtpu") is None:
         raise UserError(
             f"--topology={topology.name}: compiling for TPUs needs libtpu, which is "
