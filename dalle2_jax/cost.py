@@ -6,7 +6,7 @@ of the compiled one, which is that of one device of many.
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
@@ -107,51 +107,58 @@ def collective_bytes(hlo: str, devices: int) -> dict[str, int]:
 
     An array of s bytes that g devices share takes each of them s (g - 1) / g to gather
     or to reduce and scatter, twice that to reduce for all, and a permutation s (Thakur
-    et al. 2005). What is in a loop counts as often as it runs, where
-    the compiler tells.
+    et al. 2005). What is in a loop counts as often as it runs, where the compiler
+    tells.
 
     Args:
       hlo: the text of the compiled program.
       devices: that the program runs on.
     """
-    found, calls, entry = defaultdict(Counter), defaultdict(Counter), ""
-    computation = ""
+    calls: dict[str, list[tuple[str, int]]] = {}
+    found, entry, computation = [], "", ""
     for line in hlo.splitlines():
-        if line[:1] not in (" ", "}", ""):
-            if head := _COMPUTATION.match(line):
-                computation = head[2]
-                entry = computation if head[1] else entry
-            continue
+        if head := _COMPUTATION.match(line):
+            computation = head[2]
+            calls[computation] = []
+            entry = computation if head[1] else entry
         if match := _COLLECTIVE.search(line):
-            found[computation][match[2]] += _sent(line, match, devices)
+            kind, sent = _sent(line, match, computation, devices)
+            # A TPU's asynchronous collective is written in each of its parts.
+            channel = re.search(r"channel_id=(\d+)", line)
+            found.append((computation, kind, channel[1] if channel else line, sent))
         trips = _TRIPS.search(line) if " while(" in line else None
         for called in _CALL.findall(line):
-            calls[computation][called] += int(trips[1]) if trips else 1
+            calls[computation].append((called, int(trips[1]) if trips else 1))
 
-    def total(computation: str) -> Counter:
-        if computation not in totals:
-            totals[computation] = Counter(found[computation])
-            for called, times in calls[computation].items():
-                for kind, size in total(called).items():
-                    totals[computation][kind] += times * size
-        return totals[computation]
+    runs = Counter({entry: 1})
+    for computation in reversed(calls):  # callers come after what they call
+        for called, times in calls[computation]:
+            runs[called] += times * runs[computation]
+    each: Counter[tuple[str, str]] = Counter()
+    for computation, kind, channel, sent in found:
+        each[kind, channel] = max(each[kind, channel], sent * runs[computation])
+    total: Counter[str] = Counter()
+    for (kind, _), sent in each.items():
+        total[kind] += sent
+    return dict(total)
 
-    totals: dict[str, Counter] = {}
-    return dict(total(entry))
 
-
-def _sent(line: str, match: re.Match, devices: int) -> int:
-    """Bytes that each device sends in one collective."""
+def _sent(
+    line: str, match: re.Match, computation: str, devices: int
+) -> tuple[str, int]:
+    """The kind of a collective, and the bytes that each device sends in it."""
     result, kind, start = match.groups()
     size = _size(result)
     g = _group(line, devices)
     if kind == "collective-permute":
-        return size // 2 if start else size  # its input and its output
+        return kind, size // 2 if start else size  # its input and its output
     if kind == "all-gather" and start:  # its input, a g-th, and its output
         size = size * g // (g + 1)
     if kind == "reduce-scatter":
         size *= g  # the result is a g-th of what is reduced
-    return size * (g - 1) // g * (2 if kind == "all-reduce" else 1)
+    if computation.startswith("all-reduce-scatter"):  # a TPU's name and form of it
+        kind = "reduce-scatter"
+    return kind, size * (g - 1) // g * (2 if kind == "all-reduce" else 1)
 
 
 def _size(shapes: str) -> int:

@@ -73,8 +73,8 @@ class Plan(NamedTuple):
       touched: read from and written to the device's memory.
       sent: over the network, by kind of collective.
       roofline: the shortest that a step can take.
-      compiler_seconds: the compiler's own estimate, which adds up operations each of
-        which takes the longer of its arithmetic and its memory; None if it gives none.
+      compiler_seconds: the compiler's own estimate, at the peaks, without operations
+        that it has none of; None if it gives none.
       seconds: the estimate, the longer of the two.
       utilisation: of the devices' peak, at that.
       compiled_in: seconds that planning took.
@@ -162,7 +162,9 @@ def plan(
         # The compiler counts what is in a loop once.
         touched = costs["bytes accessed"] * program.repeats
         sent = cost.collective_bytes(compiled.as_text(), mesh.size)
-        compiler_seconds = costs.get("optimal_seconds", 0) * program.repeats or None
+        # Each operation that the compiler knows no time of takes a second off.
+        optimal = costs.get("optimal_seconds", -1.0)
+        compiler_seconds = optimal * program.repeats if optimal > 0 else None
     roofline = cost.roofline(
         chip,
         flops=flops / mesh.size,
@@ -258,7 +260,7 @@ def best(plans: Sequence[Plan]) -> Plan | None:
 def table(plan: Plan, chip: Chip) -> str:
     """The plan for people, a line for each fact."""
 
-    def size(count: float | None) -> str:
+    def size(count: float | int | None) -> str:
         """Of bytes."""
         if count is None:
             return "not known"
