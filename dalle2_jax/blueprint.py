@@ -146,28 +146,28 @@ def sample(
     everywhere, split = P(), P("data")
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), pictures))
     keys = place(keys, split)
+    inputs: tuple[Any, ...]
     if config.stage == "upsampler":
         part, function = model.upsamplers[0], loops.sample_upsampler
-        shape = pictures, part.low_size, part.low_size, 3
-        low = jax.ShapeDtypeStruct(shape, jnp.float32)
-        inputs: tuple[Any, ...] = (place(low, split), keys)
-        repeats = generate.levels(part.diffusion, part.sampling).steps
+        low = jax.ShapeDtypeStruct((pictures, *2 * [part.low_size], 3), jnp.float32)
+        inputs = place(low, split), keys
     else:
         part = getattr(model, config.stage)
         caption = place(_caption(model.clip.network, pictures), split)
         if config.stage == "ar_prior":
             function = loops.sample_ar_prior
             inputs = caption, caption, keys, place(model.codes, everywhere)
-            repeats = part.network.components - 1
         elif config.stage == "prior":
             function = loops.sample_prior
             statistics = place((model.z_image_mean, model.z_image_std), everywhere)
             inputs = caption, caption, keys, *statistics
-            repeats = generate.levels(part.diffusion, part.sampling).steps
         else:
             function = loops.sample_decoder
             inputs = caption.z_text, caption, caption, keys
-            repeats = generate.levels(part.diffusion, part.sampling).steps
+    if config.stage == "ar_prior":
+        repeats = part.network.components - 1
+    else:
+        repeats = generate.levels(part.diffusion, part.sampling).steps
     part = part.replace(params=place(part.params, everywhere, dtype))
     arguments = part, *inputs
     return Program(

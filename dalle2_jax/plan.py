@@ -5,7 +5,9 @@ python -m dalle2_jax.plan --config=configs/decoder.py:paper --topology=v5e:16x16
 
 compiles the training step for those chips (with --sample, the sampling loop) and tells
 what it takes of their memory, what it computes and sends, and how long a step would
-take. --search tries meshes and recomputation. It takes minutes and gigabytes of memory.
+take. That takes minutes and gigabytes of memory; --effort=none does not compile, and
+tells in seconds what the state takes and the arithmetic. --search tries meshes and
+recomputation.
 
 TPUs are v5e, v5p or v6e, as v5e:2x2 or v5p:4x4x4; compiling for them needs libtpu
 (pip install libtpu), but no TPU. GPUs are a100, h100 or h200, as h100:8, and are
@@ -44,7 +46,7 @@ TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:16x16, or h100:8.")
 SAMPLE = flags.DEFINE_boolean("sample", False, "Plan sampling in place of training.")
 PICTURES = flags.DEFINE_integer("pictures", 0, "Sampled at once; 0 is one a device.")
 SEARCH = flags.DEFINE_boolean("search", False, "Try meshes, with and without remat.")
-EFFORT = flags.DEFINE_enum("effort", "low", ["low", "full"], "Of the compiler.")
+EFFORT = flags.DEFINE_enum("effort", "low", ["none", "low", "full"], "Of the compiler.")
 JSON = flags.DEFINE_boolean("json", False, "Print the plan as JSON.")
 
 # Compilers take long over how fast a program is and how little memory it takes.
@@ -52,21 +54,23 @@ LOW_EFFORT = {
     "tpu": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
     "cpu": {"xla_backend_optimization_level": 0},
 }
+VERDICTS = {True: "it fits", False: "it does not fit", None: "it may fit"}
 WIDTHS = (1, 2, 4, 8, 16, 32)  # of fsdp, that --search tries
 
 
 class Plan(NamedTuple):
     """What a program takes of each device; in bytes, and seconds a step.
 
-    Of a program that doesn't fit a TPU no more is known than `needed`: what its
-    compiler says, or the arguments if they alone are too large. The times are then
-    those of the arithmetic.
+    Of a program that isn't compiled, as it doesn't fit or for no effort, no more is
+    known of its memory than that it takes `needed` at least, and the times are those of
+    its arithmetic alone.
 
     Attributes:
       parameters: trained, or sampled with.
       examples: in a step, on all devices.
       steps: of the run; 1 in sampling.
-      fits, needed, limit: memory at its peak, and what there is.
+      fits: whether its memory suffices; None if it may.
+      needed, limit: memory at its peak, and what there is.
       arguments, outputs, temporary: what it is made of; outputs without those that take
         an argument's place.
       flops: on all devices, with what is recomputed.
@@ -87,7 +91,7 @@ class Plan(NamedTuple):
     parameters: int
     examples: int
     steps: int
-    fits: bool
+    fits: bool | None
     needed: float
     limit: float
     arguments: int
@@ -122,7 +126,7 @@ def plan(
       config: of the stage.
       clip: arguments of the CLIP that it builds on, or None.
       pictures: how many to sample at once; None plans training.
-      effort: of the compiler, "low" or "full".
+      effort: of the compiler, "low" or "full"; "none" leaves it out.
 
     Raises:
       UserError: a config that can't be trained or sampled there.
@@ -146,7 +150,7 @@ def plan(
         for x in jax.tree.leaves(program.arguments)
     )
     compiled, needed, limit = None, arguments, chip.hbm
-    if needed <= limit:  # else the compiler need not be asked
+    if needed <= limit and effort != "none":
         try:
             compiled = program.traced.lower().compile(
                 LOW_EFFORT["tpu" if topology.tpu else "cpu"] if effort == "low" else {}
@@ -180,7 +184,7 @@ def plan(
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(program.params)),
         examples=program.examples,
         steps=config.steps if pictures is None else 1,
-        fits=compiled is not None and needed <= limit,
+        fits=None if needed <= limit and compiled is None else needed <= limit,
         needed=needed,
         limit=limit,
         arguments=arguments,
@@ -292,16 +296,16 @@ def table(plan: Plan, chip: Chip) -> str:
         rows.append(("the run", f"{plan.steps:,} steps, {plan.days:.1f} days"))
     if plan.sent is None:
         rows.append(
-            ("times", "of the arithmetic alone: what doesn't fit isn't compiled")
+            ("not compiled", "at least this memory, and the arithmetic's time alone")
         )
-    rows.append(("verdict", "it fits" if plan.fits else "it does not fit"))
+    rows.append(("verdict", VERDICTS[plan.fits]))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def row(plan: Plan) -> str:
     """The plan in a line, for a search."""
-    verdict = f"{plan.seconds:.3g} s a step" if plan.fits else "does not fit"
+    verdict = f"{plan.seconds:.3g} s a step" if plan.fits else VERDICTS[plan.fits]
     return (
         f"mesh.fsdp={plan.mesh['fsdp']:<3} remat={'on' if plan.remat else 'off':<3} "
         f"{plan.needed / 2**30:7.2f} GiB  {verdict}"
@@ -363,8 +367,8 @@ def main() -> None:
         raise UserError("no --config: give one, as --config=configs/decoder.py:paper")
     if not TOPOLOGY.value:
         raise UserError("no --topology: give one, as --topology=v5e:16x16 or h100:8")
-    if SEARCH.value and SAMPLE.value:
-        raise UserError("--search is for training: leave out --sample")
+    if SEARCH.value and (SAMPLE.value or EFFORT.value == "none"):
+        raise UserError("--search compiles training: no --sample or --effort=none")
     config, topology = CONFIG.value, parse(TOPOLOGY.value)
     if "stages" in config:
         raise UserError("this config is of several stages: plan each by its own")

@@ -75,6 +75,14 @@ def test_what_a_chip_has_no_room_for_is_not_compiled(monkeypatch):
     assert "it does not fit" in shown and "not known" in shown
 
 
+def test_a_plan_without_a_compiler():
+    found = plan.plan(tiny("upsampler"), None, topology.parse("h100:8"), effort="none")
+    assert found.fits is None and found.temporary is None and found.sent is None
+    assert 16 * 175_587 <= found.needed == found.arguments < 20 * 175_587
+    assert found.seconds == found.roofline.compute > 0
+    assert "it may fit" in plan.table(found, H100)
+
+
 def make(fits=True, seconds=1.0, needed=2**30, **values):
     defaults = dict(
         program="training prior",
@@ -215,7 +223,7 @@ def test_what_can_not_be_trained(where, values, message):
                 "SEARCH": True,
                 "SAMPLE": True,
             },
-            "--search is for training",
+            "--search compiles training",
         ),
         (
             {"CONFIG": ConfigDict({"stages": ("clip",)}), "TOPOLOGY": "h100:2"},
@@ -224,7 +232,7 @@ def test_what_can_not_be_trained(where, values, message):
     ],
 )
 def test_what_is_asked_for(values, message, monkeypatch):
-    defaults = dict(CONFIG=None, TOPOLOGY="", SEARCH=False, SAMPLE=False)
+    defaults = dict(CONFIG=None, TOPOLOGY="", SEARCH=False, SAMPLE=False, EFFORT="low")
     for name, value in (defaults | values).items():
         monkeypatch.setattr(plan, name, Mock(value=value))
     with pytest.raises(UserError, match=message):
