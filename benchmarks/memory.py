@@ -12,68 +12,42 @@ take minutes to compile.
 import argparse
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
-import numpy as np
-from full_size import get_config, karlo
-from jax.sharding import Sharding, SingleDeviceSharding
+from full_size import get_config
 
-from dalle2_jax import checkpoint, stages
-from dalle2_jax.train import loop, optim
+from dalle2_jax import blueprint, plan, topology
+from dalle2_jax.train import mesh
 
 ROWS = [
     f"{stage}:{size}"
     for stage in ("prior", "decoder", "upsampler")
     for size in ("karlo", "karlo_lean")
 ]
-# Compilers take long over how fast the step is, which is not asked here.
-QUICKLY = {
-    "tpu": {"exec_time_optimization_effort": -1.0, "memory_fitting_effort": -1.0},
-    "cpu": {"xla_backend_optimization_level": 0},
-}
 
 
-def zero(path: Any, x: jax.ShapeDtypeStruct) -> np.ndarray:
-    """A param that takes no memory: all its numbers are one."""
-    return np.broadcast_to(np.zeros((), x.dtype), x.shape)
-
-
-def measure(row: str, place: Sharding) -> str:
+def measure(row: str, device: jax.Device) -> str:
     """A row of the table."""
     stage_name, size, *batch_size = row.split(":")
     config = get_config(stage_name, size)
-    config.init_from = "karlo"
     if batch_size:
         config.batch_size = int(batch_size[0])
-    with mock.patch.object(checkpoint, "load", lambda path: karlo(zero)):
-        stage = stages.make(config)
-
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
-        )
-
-    optimizer = optim.make(config.steps, **config.optim)
-    state = jax.eval_shape(lambda p: loop.first_state(p, optimizer), stage.start)
-    batch = jax.tree.map(lambda x: x[None], next(stage.batches("train", 0)))
-    update = loop.make_update(
-        stage.loss, optimizer, jax.random.key(0), config.ema_decay
-    )
+    clip = blueprint.clip_net(get_config("clip", "vit_l_14"))
+    program = blueprint.train(config, clip, mesh.make(devices=[device]), {})
+    state, frozen, _ = program.arguments
     cells = [
         f"`{stage_name}.py:{size}`",
         f"{config.batch_size}",
         f"{total(state.params, lambda x: x.size) / 1e6:,.0f}M",
         *(gigabytes(x) for x in (state.params, state.ema, state.opt_state)),
-        gigabytes(stage.frozen),
+        gigabytes(frozen),
     ]
-    lowered = jax.jit(update, donate_argnums=0).lower(
-        *map(placed, (state, stage.frozen, batch, np.int32(0)))
-    )
     try:
-        memory = lowered.compile(
-            compiler_options=QUICKLY[next(iter(place.device_set)).platform]
-        ).memory_analysis()
+        memory = (
+            program.traced.lower()
+            .compile(plan.LOW_EFFORT[device.platform])
+            .memory_analysis()
+        )
         whole = (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
@@ -100,18 +74,14 @@ def main() -> None:
     parser.add_argument("--topology", help="a TPU's, as v6e:1x1")
     arguments = parser.parse_args()
     if arguments.topology:
-        from jax.experimental import topologies
-
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=arguments.topology
-        ).devices
+        device = topology.devices(topology.parse(arguments.topology))[0]
     else:
-        devices = jax.devices("cpu")
-    print(f"Compiled for one {devices[0].device_kind}; GB:\n")
+        device = jax.devices("cpu")[0]
+    print(f"Compiled for one {device.device_kind}; GB:\n")
     print("| row | batch | trained | params | EMA | optimiser | frozen | temp | all |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for row in arguments.rows:
-        print(measure(row, SingleDeviceSharding(devices[0])), flush=True)
+        print(measure(row, device), flush=True)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def get_config(size: str = "small") -> ConfigDict:
     """The config of a row of SIZES."""
     values = row(SIZES, size, "ar_prior")
     config = common("ar_prior")
-    config.base = "bundled"
+    config.base = "" if size == "paper" else "bundled"
     config.update(values["loop"])
     config.optim.update(values["optim"])
 

@@ -152,7 +152,7 @@ def get_config(size: str = "small") -> ConfigDict:
     """The config of a row of SIZES."""
     values = row(SIZES, size, "decoder")
     config = common("decoder")
-    config.base = "" if size.startswith("karlo") else "bundled"
+    config.base = "" if size.startswith(("karlo", "paper")) else "bundled"
     config.update(values["loop"])
     config.optim.update(values["optim"])
 

@@ -110,3 +110,9 @@ def test_errors_say_what_to_do(tmp_path):
         tokenizer.train(CAPTIONS, 500, 16)
     with pytest.raises(UserError, match="no captions"):
         tokenizer.train([], 600, 16)
+
+
+def test_a_blank_one_has_the_numbers_of_a_vocabulary():
+    blank = tokenizer.blank(49_408, 16)
+    assert (blank.vocab_size, blank.sot, blank.eot) == (49_408, 49_406, 49_407)
+    assert blank.encode([""], 16)[0, :2].tolist() == [49_406, 49_407]

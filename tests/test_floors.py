@@ -14,6 +14,7 @@ PACKAGE = ROOT / "dalle2_jax"
 FLOORS = {
     "errors": 0,
     "xla": 0,
+    "topology": 1,
     "flags": 1,
     "nn": 1,
     "diffusion": 1,
@@ -23,6 +24,7 @@ FLOORS = {
     "stages": 2,
     "pipeline": 2,
     "convert": 2,
+    "cost": 2,
     "hub": 3,
     "train": 4,
     "evaluate": 4,
@@ -30,10 +32,11 @@ FLOORS = {
     # The package's face and its commands may use everything.
     "__init__": 5,
     "analytic": 5,
-    "plan": 5,
-    "doctor": 5,
-    "embed": 5,
-    "filter": 5,
+    "blueprint": 5,
+    "plan": 6,
+    "doctor": 6,
+    "embed": 6,
+    "filter": 6,
 }
 # A network doesn't know that it is denoising, nor the loop what it trains.
 FORBIDDEN = {("nn", "diffusion"), ("train", "stages")}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from dalle2_jax import topology
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import mesh
 
@@ -68,3 +69,12 @@ def test_micro_batches_are_each_split_over_all_devices():
     placed = mesh.put_batch(batch, mesh.make(fsdp=4), accumulate=2)
     np.testing.assert_array_equal(placed["x"], batch["x"].reshape(2, 8, 3))
     assert {s.data.shape for s in placed["x"].addressable_shards} == {(2, 1, 3)}
+
+
+@pytest.mark.parametrize("name, fsdp", [("v6e:8x8", 4), ("v5p:4x4x4", 8)])
+def test_an_axis_may_be_a_part_of_a_torus_axis(name, fsdp):
+    pytest.importorskip("libtpu")
+    devices = topology.devices(topology.parse(name))
+    made = mesh.make(fsdp=fsdp, devices=devices)
+    assert made.devices.shape == (64 // fsdp, fsdp)
+    assert {d.id for d in made.devices.flat} == {d.id for d in devices}

@@ -5,6 +5,7 @@ in order, <|startoftext|>, <|endoftext|>. The end token so has the greatest id, 
 CLIP's text tower finds it.
 """
 
+import itertools
 import json
 import os
 import re
@@ -127,6 +128,15 @@ def train(captions: Iterable[str], vocab_size: int, context_length: int) -> Toke
     backend.train_from_iterator(captions, trainer)
     merges = json.loads(backend.to_str())["model"]["merges"]
     return Tokenizer(_clip(alphabet, merges[: vocab_size - SMALLEST], context_length))
+
+
+def blank(vocab_size: int, context_length: int) -> Tokenizer:
+    """One with a vocabulary of that size, of made-up words: for its numbers alone."""
+    alphabet = _byte_alphabet()
+    merges = itertools.islice(
+        itertools.product(alphabet, alphabet), vocab_size - SMALLEST
+    )
+    return Tokenizer(_clip(alphabet, list(merges), context_length))
 
 
 def _clip(alphabet: list[str], merges: list, context_length: int):

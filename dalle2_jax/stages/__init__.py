@@ -2,9 +2,10 @@
 
 from ml_collections import ConfigDict
 
+from dalle2_jax import checkpoint
 from dalle2_jax.stages import ar_prior, clip, decoder, prior, upsampler
 from dalle2_jax.stages.finetune import hold_params, train_only
-from dalle2_jax.stages.stage import Stage, dtype_of
+from dalle2_jax.stages.stage import Load, Stage, dtype_of
 
 MAKE = {
     "clip": clip.make,
@@ -15,14 +16,17 @@ MAKE = {
 }
 
 
-def make(config: ConfigDict) -> Stage:
+def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     """The stage that a config describes, with the params that it has it train.
+
+    Args:
+      load: reads the models that the config names.
 
     Raises:
       UserError: what the config asks for can't be.
     """
     dtype = dtype_of(config, "param_dtype")
-    stage = MAKE[config.stage](config)
+    stage = MAKE[config.stage](config, load)
     if config.trainable:
         stage = train_only(stage, config.trainable)
     return hold_params(stage, dtype)

@@ -19,6 +19,7 @@ from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
     Base,
     Batch,
+    Load,
     Stage,
     add_part,
     dtype_of,
@@ -35,9 +36,9 @@ def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
     return upon_clip(config.net.to_dict(), clip)
 
 
-def make(config: ConfigDict) -> Stage:
+def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     """The stage that ``configs/ar_prior.py`` describes."""
-    base = load_base(config)
+    base = load_base(config, load)
     clip = base.clip
     net = network(config, base.model.config["parts"]["clip"]["net"])
     model = ARPrior(**net, dtype=dtype_of(config))

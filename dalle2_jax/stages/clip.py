@@ -15,6 +15,7 @@ from dalle2_jax.nn.clip import CLIP
 from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
     Batch,
+    Load,
     Stage,
     add_part,
     dtype_of,
@@ -147,9 +148,9 @@ def similarity_picture(logits: Float[Array, "b b"]) -> UInt8[Array, "1 s s 3"]:
     return jnp.repeat(gray[None, :, :, None], 3, axis=-1)
 
 
-def make(config: ConfigDict) -> Stage:
+def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     """The stage that ``configs/clip.py`` describes."""
-    base, origin = load_models(config)
+    base, origin = load_models(config, load)
     text = make_tokenizer(config, origin)
     net = network(config, text)
     model = CLIP(**net, dtype=dtype_of(config))

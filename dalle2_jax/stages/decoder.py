@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from dalle2_jax import checkpoint
 from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.nn.decoder import Decoder, with_known
 from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
     Batch,
+    Load,
     Stage,
     add_part,
     denoising_loss,
@@ -51,9 +53,9 @@ def random_masks(key: Array, count: int, size: int) -> Float[Array, "n s s 1"]:
     return (masks | whole).astype(jnp.float32)[..., None]
 
 
-def make(config: ConfigDict) -> Stage:
+def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     """The stage that ``configs/decoder.py`` describes."""
-    base = load_base(config)
+    base = load_base(config, load)
     clip = base.clip
     net = network(config, base.model.config["parts"]["clip"]["net"])
     model = Decoder(**net, dtype=dtype_of(config))

@@ -17,6 +17,7 @@ from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
     Batch,
+    Load,
     Stage,
     add_part,
     denoising_loss,
@@ -36,9 +37,9 @@ def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
     return upon_clip(config.net.to_dict(), clip)
 
 
-def make(config: ConfigDict) -> Stage:
+def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     """The stage that ``configs/prior.py`` describes."""
-    base = load_base(config)
+    base = load_base(config, load)
     clip = base.clip
     net = network(config, base.model.config["parts"]["clip"]["net"])
     model = DiffusionPrior(**net, dtype=dtype_of(config))

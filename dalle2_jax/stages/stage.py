@@ -5,6 +5,7 @@ loop knows nothing else of what it trains.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from dalle2_jax.nn.clip import CLIP, Caption
 
 Batch = Mapping[str, Array]
 Scalars = dict[str, Array]
+Load = Callable[[str | os.PathLike], checkpoint.Export]
 
 
 class Stage(NamedTuple):
@@ -75,7 +77,7 @@ class Base(NamedTuple):
 
 
 def load_models(
-    config: ConfigDict,
+    config: ConfigDict, load: Load = checkpoint.load
 ) -> tuple[checkpoint.Export | None, checkpoint.Export | None]:
     """Reads ``config.base`` and ``config.init_from``; None for what is not given.
 
@@ -83,18 +85,18 @@ def load_models(
     model is none: it is the default of the configs that start from nothing.
     """
 
-    def load(path: str) -> checkpoint.Export:
-        return checkpoint.load(checkpoint.BUNDLED if path == "bundled" else path)
+    def read(path: str) -> checkpoint.Export:
+        return load(checkpoint.BUNDLED if path == "bundled" else path)
 
-    origin = load(config.init_from) if config.init_from else None
+    origin = read(config.init_from) if config.init_from else None
     if origin is not None and config.base in ("", "bundled"):
         return origin, origin
-    return load(config.base) if config.base else None, origin
+    return read(config.base) if config.base else None, origin
 
 
-def load_base(config: ConfigDict) -> Base:
+def load_base(config: ConfigDict, load: Load = checkpoint.load) -> Base:
     """The models of `load_models`; the base must have a CLIP and a tokenizer."""
-    model, origin = load_models(config)
+    model, origin = load_models(config, load)
     if model is None:
         raise UserError(
             f"the {config.stage} stage needs a model with a trained CLIP: give one "

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from dalle2_jax import checkpoint
 from dalle2_jax.data import degrade, image, tokenizer
 from dalle2_jax.diffusion import generate, sample, schedule
 from dalle2_jax.errors import UserError
@@ -17,6 +18,7 @@ from dalle2_jax.nn.unet import UNet
 from dalle2_jax.stages.finetune import start_params
 from dalle2_jax.stages.stage import (
     Batch,
+    Load,
     Stage,
     add_part,
     denoising_loss,
@@ -26,13 +28,13 @@ from dalle2_jax.stages.stage import (
 )
 
 
-def make(config: ConfigDict) -> Stage:
+def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     """The stage that ``configs/upsampler.py`` describes.
 
     No text, no guidance: the low-resolution picture, resized, is concatenated to the
     noised one (section 2.1). Trained on crops, run at full size.
     """
-    base, origin = load_models(config)
+    base, origin = load_models(config, load)
     net = config.net.to_dict()
     model = UNet(**net, dtype=dtype_of(config))
     diffusion = config.diffusion.to_dict()

@@ -77,7 +77,8 @@ def train(
     """
     workdir = _make_workdir(workdir)
     mesh = meshes.make(**config.mesh)
-    _check(config, mesh)
+    check_batch_size(config, mesh)
+    _check_keeping(config)
     saved_config = json.loads(json.dumps(config.to_dict()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone(workdir))
@@ -136,18 +137,21 @@ def train(
 
         # What runs on the devices. `frozen` is an argument of each: what a compiled
         # function captures would be copied into its program.
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        jit = functools.partial(jax.jit, compiler_options=xla.compiler_options())
-        update = jit(
+        options = xla.compiler_options()
+        update = jit_update(
             make_update(
                 stage.loss, optimizer, step_key, config.ema_decay, stage.compares
             ),
-            out_shardings=(shardings, everywhere),
-            donate_argnums=0,
+            shardings,
+            options,
         )
-        distance = jit(ema_distance, out_shardings=everywhere)
-        metrics = jit(stage.metrics, out_shardings=everywhere)
-        preview = jit(stage.preview, out_shardings=everywhere)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        jit = functools.partial(
+            jax.jit, out_shardings=everywhere, compiler_options=options
+        )
+        distance = jit(ema_distance)
+        metrics = jit(stage.metrics)
+        preview = jit(stage.preview)
 
         data = batches(start)
         if hasattr(data, "close"):
@@ -296,6 +300,27 @@ def ema_distance(state: TrainState) -> jax.Array:
     return optax.tree.norm(behind) / optax.tree.norm(wide)
 
 
+def jit_update(
+    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    shardings: TrainState,
+    options: dict[str, Any],
+) -> Any:
+    """The training step as it runs: on the state in place, its metrics everywhere.
+
+    Args:
+        update: of `make_update`.
+        shardings: of the state.
+        options: XLA's.
+    """
+    everywhere = NamedSharding(shardings.step.mesh, PartitionSpec())
+    return jax.jit(
+        update,
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+        compiler_options=options,
+    )
+
+
 def _narrow(wide: Any, like: Any, key: jax.Array) -> Any:
     """Float32 params in the dtypes of others; to bfloat16, rounded at random."""
     leaves, tree = jax.tree.flatten(wide)
@@ -416,13 +441,17 @@ def _alone(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-def _check(config: Any, mesh: Mesh) -> None:
+def check_batch_size(config: Any, mesh: Mesh) -> None:
+    """A UserError where a micro-batch can't be split evenly over the mesh."""
     unit = max(config.accumulate, 1) * mesh.size
     if config.accumulate < 1 or config.batch_size < 1 or config.batch_size % unit:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of {unit}, "
             f"accumulate={config.accumulate} times {mesh.size} devices"
         )
+
+
+def _check_keeping(config: Any) -> None:
     if config.keep_every and config.keep_every % (config.save_every or np.inf):
         raise UserError(
             f"keep_every={config.keep_every} must be a multiple of save_every="

@@ -5,11 +5,12 @@ A batch is split over both axes. Params and the optimiser's state are replicated
 With fsdp=1 this is plain data parallelism, one program per device, as `pmap` has it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,26 +19,34 @@ from dalle2_jax.errors import UserError
 AXES = ("data", "fsdp")
 
 
-def make(data: int = -1, fsdp: int = 1) -> Mesh:
+def make(
+    data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """The mesh over all devices of all processes; -1 for what the other axis leaves.
+
+    Args:
+        data, fsdp: the number of devices along each axis.
+        devices: others than all that there are.
 
     Raises:
         UserError: the axes don't multiply to the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp}
     for name, other in (("data", "fsdp"), ("fsdp", "data")):
         if sizes[name] == -1:
-            sizes[name] = devices // max(sizes[other], 1)
-    if min(sizes.values()) < 1 or sizes["data"] * sizes["fsdp"] != devices:
+            sizes[name] = len(devices) // max(sizes[other], 1)
+    if min(sizes.values()) < 1 or sizes["data"] * sizes["fsdp"] != len(devices):
         raise UserError(
-            f"mesh.data={data}, mesh.fsdp={fsdp} does not fit {devices} devices: "
+            f"mesh.data={data}, mesh.fsdp={fsdp} does not fit {len(devices)} devices: "
             "their product must be the number of devices (-1 for the rest)"
         )
-    # Flax's layers don't work with the default, explicit axes.
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    # jax.make_mesh refuses an axis that is a part of one of a TPU's torus.
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
+    # Flax's layers don't work with the default, explicit axes.
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shardings(tree: Any, mesh: Mesh, min_size: int = 2**16) -> Any:
