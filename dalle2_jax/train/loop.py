@@ -233,7 +233,7 @@ def make_update(
     """Makes the training step, (state, frozen, batch, step) -> (state, metrics).
 
     The batch is [accumulate, b, ...]; gradients are averaged over its first axis. A
-    loss that `compares` examples with each other is given all of it, with one key.
+    loss that `compares` examples (see Stage) is given all of it, with one key.
 
     A step whose loss or gradient is not finite leaves the state as it was, and so do
     all steps after it, because their `step` is no longer the state's. So the host need

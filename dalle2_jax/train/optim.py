@@ -55,7 +55,7 @@ def make(
             scales.
         clip_norm: largest norm of the gradient; 0 for no limit.
 
-        sam_rho: radius of `sam`, in which the paper trains CLIP with 0.1; 0 for none.
+        sam_rho: the radius of `sam`, 0.1 for the paper's CLIP; 0 for none.
 
     Raises:
         UserError: an unknown name or schedule, or a value that is out of range.
