@@ -3,7 +3,6 @@
 import importlib
 
 import jax
-import numpy as np
 import pytest
 
 import dalle2_jax
@@ -68,8 +67,6 @@ def test_every_stage_has_a_training_step(stage):
     for x in batch.values():
         assert x.shape[:2] == (2, 16) and x.sharding.shard_shape(x.shape)[1] == 2
     assert jax.tree.structure(state.ema) == jax.tree.structure(program.params)
-    sizes = {x.size // np.prod(x.sharding.shard_shape(x.shape)) for x in leaves(state)}
-    assert sizes <= {1, 4} and (4 in sizes) == (stage in ("clip", "decoder"))
 
 
 def leaves(tree):
