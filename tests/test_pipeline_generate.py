@@ -113,7 +113,7 @@ def test_a_model_loaded_with_tiles(model, tiny_models):
     whole = dalle2_jax.text_to_image(model, RED).astype(int)
     tiles = dalle2_jax.text_to_image(tiled, RED).astype(int)
     other = dalle2_jax.text_to_image(model, RED, seed=1).astype(int)
-    assert 0 < np.abs(tiles - whole).mean() < 0.2 * np.abs(other - whole).mean()
+    assert 0 < np.abs(tiles - whole).mean() < 0.5 * np.abs(other - whole).mean()
     for settings, message in (
         ({"tile": 15}, "tile=15: must be a multiple of 2"),
         ({"tile": 16, "overlap": 16}, "overlap=16 of tiles of 16 px: .* from 0 to 14"),
