@@ -73,8 +73,8 @@ SIZES = {
             groups=8,
             patch_size=2,
         ),
-        "loop": dict(steps=1000, batch_size=32),
-        "optim": dict(warmup=200),
+        "loop": dict(steps=3000, batch_size=32),
+        "optim": dict(name="muon", warmup=200),
         "diffusion": dict(predict="x0"),
         "sampling": dict(steps=8),
     },
@@ -127,7 +127,8 @@ def get_config(size: str = "small") -> ConfigDict:
     config.low_size = values["low_size"]  # side of the pictures it is given
     config.size = values["size"]  # and of those it makes
     config.data.crop_fraction = values["crop_fraction"]
-    config.blur = ConfigDict(dict(kernel=3, sigma=0.6))  # of the low-resolution picture
+    # Of the low-resolution pictures in training, and how many of them are blurred.
+    config.blur = ConfigDict(dict(kernel=3, sigma=0.6, chance=0.5))
     config.diffusion = diffusion(variance="fixed_small", **values["diffusion"])
     config.sampling = sampling(guidance=1.0, **values["sampling"])
     # Whether the picture it is given is rounded to 8 bits: not in Karlo.

@@ -61,7 +61,7 @@ def test_what_is_dropped_does_not_matter(tiny_models):
     def change(drop):
         values = {"drop_caption": drop, "net.dot_products": 1}
         stage = make_stage("ar_prior", tiny_models["clip"], **values)
-        params = stage.init(jax.random.key(0))
+        params = jax.jit(stage.init)(jax.random.key(0))
         batch = jax.tree.map(jnp.asarray, next(stage.batches("train", 0)))
         other = batch | {"tokens": batch["tokens"][::-1]}
         loss = jax.jit(stage.loss)
@@ -95,7 +95,7 @@ def test_a_batch_is_learnt_by_heart(tiny_models):
         state = params, optimizer.init(params)
         return jax.lax.scan(step, state, None, 150)[0][0]
 
-    params = train(stage.init(jax.random.key(0)))
+    params = train(jax.jit(stage.init)(jax.random.key(0)))
     metrics = stage.metrics(params, stage.frozen, batch, jax.random.key(2))
     assert metrics["loss"].max() < 0.05
     z_image, _ = read(tiny_models["clip"], stage.batches("train", 0), 1)
@@ -109,7 +109,7 @@ def test_a_batch_is_learnt_by_heart(tiny_models):
 
 def test_an_untrained_prior_is_as_good_as_chance(tiny_models):
     stage = make_stage("ar_prior", tiny_models["clip"])
-    params = stage.init(jax.random.key(0))
+    params = jax.jit(stage.init)(jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, next(stage.batches("heldout", 0)))
     loss = stage.metrics(params, stage.frozen, batch, jax.random.key(1))["loss"]
     np.testing.assert_allclose(loss.mean(), np.log(16), rtol=0.2)

@@ -19,7 +19,9 @@ def test_a_dropped_condition_does_not_matter(drop, key, tiny_models):
     def change(**dropped):
         stage = make_stage("decoder", tiny_models["clip"], **(rates | dropped))
         # The output is zero at first, whatever goes in: any other params will do.
-        params = jax.tree.map(lambda x: x + 0.02, stage.init(jax.random.key(0)))
+        params = jax.tree.map(
+            lambda x: x + 0.02, jax.jit(stage.init)(jax.random.key(0))
+        )
         batch = jax.tree.map(jnp.asarray, next(stage.batches("train", 0)))
         other = batch | {key: batch[key][::-1]}
         loss = jax.jit(stage.loss)
@@ -45,7 +47,7 @@ def test_masks_are_rectangles_or_all():
 def test_a_decoder_that_inpaints_trains_and_is_shown_the_rest(tiny_models):
     given = {"net.unet.in_channels": 7, "drop_image": 0.0, "drop_caption": 0.0}
     stage = make_stage("decoder", tiny_models["clip"], **given)
-    params = jax.tree.map(lambda x: x + 0.02, stage.init(jax.random.key(0)))
+    params = jax.tree.map(lambda x: x + 0.02, jax.jit(stage.init)(jax.random.key(0)))
     assert params["net"]["conv_in"]["kernel"].shape[2] == 7
     batch = jax.tree.map(jnp.asarray, next(stage.batches("train", 0)))
     loss = jax.jit(jax.grad(lambda p: stage.loss(p, *rest)[0]))

@@ -33,7 +33,7 @@ def converted(tiny_models, tmp_path_factory):
     """A model with a part that no stage trains, and statistics that no data has."""
     directory = tmp_path_factory.mktemp("converted") / "model"
     stage = make_stage("ar_prior", tiny_models["upsampler"])
-    model = stage.export(stage.init(jax.random.key(0)))
+    model = stage.export(jax.jit(stage.init)(jax.random.key(0)))
     parts = model["config"]["parts"]
     fixed = {"z_image_mean": np.arange(32.0), "z_image_std": np.arange(1, 33.0)}
     fixed = {name: value.astype(np.float32) for name, value in fixed.items()}

@@ -17,7 +17,7 @@ def test_the_low_resolution_picture():
     board = np.where((x + y) % 2, 255, 0).astype(np.uint8)
     halves = np.where(x < 8, 255, 0).astype(np.uint8)
     pictures = np.stack([board, halves])[..., None].repeat(3, axis=-1)
-    params = stage.init(jax.random.key(0))
+    params = jax.jit(stage.init)(jax.random.key(0))
     batch = {"image": jnp.asarray(pictures)}
     shown = stage.preview(params, {}, batch, jax.random.key(1))
     low = np.asarray(shown["low"], int)
@@ -26,3 +26,22 @@ def test_the_low_resolution_picture():
     assert low[1, :, :4].min() > 245 and low[1, :, 12:].max() < 10
     edge = low[1, 8, 4:12, 0]
     assert (np.diff(edge) <= 0).all() and 60 < edge[3] < 220
+
+
+def test_half_of_the_low_resolution_pictures_are_blurred():
+    """The others are as sampling gives them: a sharp edge stays sharp."""
+    halves = np.where(np.arange(16) < 8, 255, 0).astype(np.uint8)
+    pictures = np.broadcast_to(halves[None, None, :, None], (16, 16, 16, 3))
+
+    def slopes(chance):
+        stage = make_stage("upsampler", **{"blur.chance": chance})
+        params = jax.jit(stage.init)(jax.random.key(0))
+        batch = {"image": jnp.asarray(pictures)}
+        low = jax.jit(stage.preview)(params, {}, batch, jax.random.key(2))["low"]
+        row = np.asarray(low, int)[:, 8, :, 0]
+        return (row[:, 7] - row[:, 8]).tolist()
+
+    [sharp], [blurred] = set(slopes(0.0)), set(slopes(1.0))
+    assert sharp > 1.3 * blurred
+    some = slopes(0.5)
+    assert set(some) == {sharp, blurred} and 4 <= some.count(sharp) <= 12

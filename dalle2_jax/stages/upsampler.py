@@ -36,24 +36,30 @@ def make(config: ConfigDict) -> Stage:
     size, low_size = config.size, config.low_size
     name = f"upsampler_{size}"
     blur = config.blur.to_dict()
+    chance = blur.pop("chance")
 
     def denoise(params: Any, low: Array, x_t: Array, t: Array, **kwargs: Any) -> Array:
         x = jnp.concatenate([x_t, low], axis=-1)
         return model.apply({"params": params}, x, t, **kwargs)
 
-    def degrade(x0: Float[Array, "b s s 3"]) -> Float[Array, "b s s 3"]:
-        """The low-resolution picture as the network sees it: blurred, resized back."""
+    def degrade(x0: Float[Array, "b s s 3"], key: Array) -> Float[Array, "b s s 3"]:
+        """The low-resolution picture as the network sees it, resized back.
+
+        Some are blurred, and some not, as none are in sampling (CDM, arXiv 2106.15282).
+        """
         side = x0.shape[1]
         low = image.resize(x0, side * low_size // size)
-        return image.resize(image.gaussian_blur(low, **blur), side)
+        blurred = jax.random.bernoulli(key, chance, (len(low), 1, 1, 1))
+        low = jnp.where(blurred, image.gaussian_blur(low, **blur), low)
+        return image.resize(low, side)
 
     def init(key: Array) -> Any:
         return model.init(key, *model.example())["params"]
 
     def losses(params: Any, batch: Batch, key: Array, train: bool) -> Array:
         x0 = image.to_float(batch["image"])
-        low = degrade(x0)
-        key, key_dropout = jax.random.split(key)
+        key, key_blur, key_dropout = jax.random.split(key, 3)
+        low = degrade(x0, key_blur)
         rngs = {"dropout": key_dropout}
         return denoising_loss(
             lambda x_t, t: denoise(params, low, x_t, t, train=train, rngs=rngs),
@@ -71,7 +77,8 @@ def make(config: ConfigDict) -> Stage:
 
     def preview(params: Any, frozen: Any, batch: Batch, key: Array):
         shown = batch["image"][:16]
-        low = degrade(image.to_float(shown))
+        key, key_blur = jax.random.split(key)
+        low = degrade(image.to_float(shown), key_blur)
         x = generate.generate(
             lambda x_t, t, low: denoise(params, low, x_t, t),
             low,
