@@ -20,13 +20,14 @@ STAGES = {"clip": clip, "prior": prior, "decoder": decoder, "upsampler": upsampl
 CHANGES = {
     "tiny": {stage: {"steps": 8} for stage in STAGES},
     "small": {
-        "clip": {"steps": 750},
-        "prior": {"steps": 250},
+        "clip": {"steps": 550},
+        "prior": {"steps": 300},
         # A quarter of the pixels, and narrower, to see several times as many pictures
         # in the time there is. At half the side it takes less noise to hide the shape
         # of things, so the noise levels lie lower.
         "decoder": {
             "steps": 2400,
+            "batch_size": 64,
             "size": 16,
             "net.unet.channels": 32,
             "net.unet.head_channels": 32,
