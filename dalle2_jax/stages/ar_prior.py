@@ -48,7 +48,7 @@ def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
         {"clip_image": clip.image_size},
         base.text,
         clip.context_length,
-        base.clip_params,
+        clip_params=base.clip_params,
     )
     if base.origin is not None:
         table, edges = stored_tables(base.origin, config.init_from)

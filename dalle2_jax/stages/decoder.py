@@ -156,7 +156,7 @@ def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
         metrics=metrics,
         preview=preview,
         batches=make_batches(
-            config, sizes, base.text, clip.context_length, base.clip_params
+            config, sizes, base.text, clip.context_length, clip_params=base.clip_params
         ),
         export=export,
         start=start_params(config, base.origin, "decoder", net, init),

@@ -50,7 +50,7 @@ def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
         {"clip_image": clip.image_size},
         base.text,
         clip.context_length,
-        base.clip_params,
+        clip_params=base.clip_params,
     )
     if base.origin is not None:
         mean, std = stored_statistics(base.origin, config.init_from)
@@ -194,7 +194,7 @@ def measure_x0_error(
         {"clip_image": clip.image_size},
         base.text,
         clip.context_length,
-        base.clip_params,
+        clip_params=base.clip_params,
     )("train", 0, whole=True)
 
     @jax.jit

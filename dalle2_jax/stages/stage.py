@@ -161,14 +161,16 @@ def make_batches(
     sizes: Mapping[str, int],
     text: tokenizer.Tokenizer | None = None,
     context_length: int | None = None,
-    degrade: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    *,
     clip_params: Any = None,
+    degrade: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
 ) -> Callable[..., Iterator[dict[str, np.ndarray]]]:
     """Stage.batches from ``config.data``: pictures of the sizes by name, and tokens.
 
     With ``whole`` the iterator gives every process the whole of each batch. Where the
     stage has a CLIP that it leaves as it is, its params are given: if the data has its
-    embeddings, they come as z_image in place of the pictures "clip_image".
+    embeddings, they come as z_image in place of the pictures "clip_image". ``degrade``
+    is as of `data.batches`.
     """
     data = config.data
 
