@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from full_size import get_config
 
-from dalle2_jax import blueprint, plan, topology
+from dalle2_jax.planning import blueprint, estimate, topology
 from dalle2_jax.train import mesh
 
 ROWS = [
@@ -45,7 +45,7 @@ def measure(row: str, device: jax.Device) -> str:
     try:
         memory = (
             program.traced.lower()
-            .compile(plan.LOW_EFFORT[device.platform])
+            .compile(estimate.LOW_EFFORT[device.platform])
             .memory_analysis()
         )
         whole = (

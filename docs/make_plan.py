@@ -113,7 +113,7 @@ def plan(row: str, topology: str, fsdp: str, effort: str, timeout: int) -> dict 
 def page(results: dict) -> str:
     """docs/plan.md of what there is."""
     sys.path.insert(0, str(DOCS.parent))
-    from dalle2_jax import cost
+    from dalle2_jax.planning import cost
 
     text = HEADER.format(compute=cost.COMPUTE, memory=cost.MEMORY, network=cost.NETWORK)
     return text + "".join(line(*cell, results.get(" ".join(cell))) for cell in cells())

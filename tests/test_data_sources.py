@@ -318,7 +318,7 @@ def test_captions_are_evenly_spread(shards):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("tape", "x"), {}, 'data "tape": there is shapes, folder, webdataset, tfds'),
+        (("tape", "x"), {}, 'data "tape": there is shapes, mixture, folder, webd'),
         (("folder",), {}, 'data "folder" needs a path'),
         (("webdataset", ""), {}, "needs a path"),
         (("shapes", "x"), {}, 'takes no path, and was given "x"'),

@@ -120,14 +120,18 @@ def test_micro_batches_see_each_others_negatives(chunk):
 
     @jax.jit
     def gradient(batch):
-        return jax.value_and_grad(stage.loss, has_aux=True)(params, {}, batch, None)
+        loss = jax.value_and_grad(stage.loss, has_aux=True)
+        return loss(params, {}, batch, jax.random.key(1))
 
     whole = gradient({name: x[None] for name, x in batch.items()})
     parts = gradient({n: x.reshape(4, 2, *x.shape[1:]) for n, x in batch.items()})
     for a, b in zip(*map(jax.tree.leaves, (parts, whole)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
     alone = make_stage("clip").loss(
-        params, {}, {name: x[None, :2] for name, x in batch.items()}, None
+        params,
+        {},
+        {name: x[None, :2] for name, x in batch.items()},
+        jax.random.key(1),
     )
     assert alone[0] < whole[0][0] - 0.1  # has fewer negatives
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -60,23 +61,37 @@ def test_alone_by_a_flag(initialize):
     assert not initialize
 
 
+def join_anew(**variables):
+    """What a process of its own says, in which JAX has not been used before."""
+    code = (
+        "import jax\nfrom dalle2_jax.train import cluster\ncluster.join()\n"
+        "print(jax.distributed.is_initialized())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_alone_where_nothing_has_started_it():
-    cluster.join()
-    assert not jax.distributed.is_initialized()
+    assert join_anew().stdout == "False\n"
 
 
 @pytest.mark.parametrize("job", [{}, {"JOB_COMPLETION_INDEX": "0"}])
 def test_a_pod_of_kubernetes_is_alone_unless_in_a_job(job, monkeypatch, initialize):
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # of a topology
     for name, value in {"KUBERNETES_SERVICE_HOST": "10.0.0.1", **job}.items():
         monkeypatch.setenv(name, value)
     cluster.join()
     assert len(initialize) == len(job)
 
 
-def test_half_of_jaxs_variables(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    with pytest.raises(UserError, match="Number of processes must .*--num_processes=1"):
-        cluster.join()
+def test_half_of_jaxs_variables():
+    said = join_anew(JAX_COORDINATOR_ADDRESS="localhost:1").stderr
+    assert re.search("UserError: .*Number of processes must .*--num_processes=1", said)
 
 
 def train(workdir, *flags, devices, variables=None, steps=6):

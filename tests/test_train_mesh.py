@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dalle2_jax import topology
 from dalle2_jax.errors import UserError
+from dalle2_jax.planning import topology
 from dalle2_jax.train import mesh
 
 

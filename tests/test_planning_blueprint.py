@@ -7,9 +7,10 @@ import pytest
 
 import dalle2_jax
 from configs import clip as configs_clip
-from dalle2_jax import blueprint, checkpoint, stages, xla
+from dalle2_jax import checkpoint, stages, xla
 from dalle2_jax.errors import UserError
 from dalle2_jax.pipeline import loops
+from dalle2_jax.planning import blueprint
 from dalle2_jax.train import loop
 from dalle2_jax.train import mesh as meshes
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dalle2_jax import cost
 from dalle2_jax.nn import abstract
 from dalle2_jax.nn.prior import DiffusionPrior
-from dalle2_jax.topology import Chip
+from dalle2_jax.planning import cost
+from dalle2_jax.planning.topology import Chip
 
 CHIP = Chip("a chip", hbm=1e9, flops=1e12, bandwidth=1e11, network=1e10)
 

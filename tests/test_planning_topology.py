@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from dalle2_jax import topology
 from dalle2_jax.errors import UserError
+from dalle2_jax.planning import topology
 
 
 @pytest.mark.parametrize(

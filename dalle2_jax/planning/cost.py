@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from dalle2_jax.topology import Chip
+from dalle2_jax.planning.topology import Chip
 
 # What part of its peak each can be expected to reach in a long, well-shaped program.
 COMPUTE, MEMORY, NETWORK = 0.6, 0.8, 0.8
