@@ -266,10 +266,10 @@ def test_the_quick_start_changes_of_a_stage_what_it_says(stage, size):
 def test_the_quick_starts_stages_fit(size):
     config = module("quickstart").get_config(size)
     assert config.upsampler.low_size == config.decoder.size
-    crop = config.upsampler.size * config.upsampler.data.crop_fraction
+    side = config.upsampler.size * config.upsampler.data.crop_fraction
     for net, side in [
         (config.decoder.net.unet, config.decoder.size),
-        (config.upsampler.net, crop),
+        (config.upsampler.net, side),
     ]:
         assert side % (net.patch_size * 2 ** (len(net.multipliers) - 1)) == 0
 
