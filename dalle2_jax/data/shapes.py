@@ -92,12 +92,11 @@ def contrasting(scene: Scene, rng: np.random.Generator, count: int) -> list[Scen
     """`count` variants of a scene, alike but for one attribute, which chance chooses.
 
     The attribute's values are all different for as long as they last, so that only who
-    sees that attribute can tell which caption is whose. It is one of those that are
-    learned last more often than another.
+    sees that attribute can tell which caption is whose.
     """
-    attributes = ["colour", "size", "background", *["shape"] * 3]
+    attributes = ["shape", "colour", "size", "background"]
     if scene.relation is not None:
-        attributes += ["relation"] * 4
+        attributes.append("relation")
     attribute = _pick(rng, attributes)
     which = int(rng.integers(len(scene.things)))
     thing = scene.things[which]

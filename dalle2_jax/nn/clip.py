@@ -77,9 +77,9 @@ class VisionTower(nn.Module):
             name="patch_embedding",
         )(x).reshape(b, -1, width)
         token = self.param("class_embedding", _embedding, (width,))
-        # Beside a stem's patches, of size 1, smaller ones would hardly be seen.
-        init = nn.initializers.normal(0.5) if self.stem else _embedding
-        positions = self.param("position_embedding", init, (x.shape[1] + 1, width))
+        positions = self.param(
+            "position_embedding", _embedding, (x.shape[1] + 1, width)
+        )
         token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, width))
         x = jnp.concatenate([token, x], axis=1) + positions.astype(x.dtype)
         x = LayerNorm(name="ln_pre")(x)
