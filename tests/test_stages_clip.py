@@ -130,7 +130,7 @@ def test_micro_batches_see_each_others_negatives(chunk):
     alone = make_stage("clip").loss(
         params,
         {},
-        {name: x[None, :2] for name, x in batch.items()},
+        {name: jnp.asarray(x[None, :2]) for name, x in batch.items()},
         jax.random.key(1),
     )
     assert alone[0] < whole[0][0] - 0.1  # has fewer negatives
