@@ -121,9 +121,9 @@ def main() -> None:
         print(estimate.table(chosen, topology.chip))
         return
     pictures = (PICTURES.value or topology.count) if SAMPLE.value else None
-    with estimate.told(
-        f"compiling {config.stage} for {where}: minutes, and gigabytes of memory"
-    ):
+    compiling = f"compiling {config.stage} for {where}: minutes, gigabytes of memory"
+    planning = f"planning {config.stage} for {where}"
+    with estimate.told(planning if EFFORT.value == "none" else compiling):
         found = estimate.plan(
             config, clip, topology, pictures=pictures, effort=EFFORT.value
         )

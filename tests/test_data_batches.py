@@ -96,6 +96,12 @@ def test_resumes_at_any_step():
         assert_equal(take(6 - step, source, **CHANCE, step=step), whole[step:])
 
 
+def test_batches_of_one_are_the_rows_of_larger_ones():
+    source = numbered(11)
+    rows = [numbers(b) for b in take(6, source, batch_size=1, step=2)]
+    assert sum(rows, []) == sum(map(numbers, take(2, source, batch_size=4)), [])[2:]
+
+
 def test_the_seed_decides():
     source = numbered(50)
     one, same, other = (numbers(take(1, source, seed=s)[0]) for s in (1, 1, 2))

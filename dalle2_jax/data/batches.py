@@ -173,7 +173,7 @@ def batches(
     # Whole local batches are dealt out to the processes, so that the rows of all of
     # them, one after the other, are the batch that one process alone would have.
     dataset = (
-        indices.repeat()
+        indices.repeat(2**62 // len(source))  # for ever is too long to be sliced
         .map_with_index(load)
         .batch(batch_size // process_count, batch_fn=collate)
     )[step * process_count + process_index :: process_count]
