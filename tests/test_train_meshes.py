@@ -66,7 +66,7 @@ def expected(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("processes, devices, mesh", LAYOUTS)
 def test_the_same_losses(tmp_path, expected, stage, processes, devices, mesh):
