@@ -51,7 +51,7 @@ def load(
         names and shapes do not fit the networks that its config describes, or the
         tiles do not fit its upsamplers.
     """
-    model = _load(paths or (checkpoint.BUNDLED,), dtype, offload, None)
+    model = _load(paths or ("bundled",), dtype, offload, None)
     if tile is None:
         if overlap is not None:
             raise UserError(f"overlap={overlap}: give tile, too")
@@ -77,8 +77,7 @@ def load_local_clip(
     Its params are float32, as those that stages read; `dtype` is of the activations.
     Args and Raises: see `load`.
     """
-    folder = checkpoint.BUNDLED if path == "bundled" else find(path)
-    export = karlo.read_any(folder, only=("clip",))
+    export = karlo.read_any(find(path), only=("clip",))
     devices = models.mesh(jax.local_devices())
     placed = jax.tree.map(models.placer(devices), export.params)
     whole = [(str(path), export._replace(params=placed))]
@@ -97,23 +96,19 @@ def _load(
         raise UserError(f"dtype={dtype!r}: must be one of {', '.join(weights.DTYPES)}")
     devices = models.mesh()
     place = models.placer(devices, jnp.dtype(dtype), offload)
-    exports = [
-        (
-            "bundled" if path == checkpoint.BUNDLED else str(path),
-            karlo.read_any(find(path), place, only),
-        )
-        for path in paths
-    ]
+    exports = [(str(path), karlo.read_any(find(path), place, only)) for path in paths]
     return models.assemble(exports, devices, jnp.dtype(dtype))
 
 
 def find(path: str | Path) -> Path:
-    """The directory of a model: itself, or the hub's files of that name.
+    """The directory of a model: itself, "bundled", or the hub's files of that name.
 
     Raises:
       UserError: there is no such directory, and the hub has no such name, or can't be
         reached and the files are not in its cache.
     """
+    if path == "bundled":
+        return checkpoint.BUNDLED
     folder = Path(path).expanduser()
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return folder

@@ -135,6 +135,7 @@ def test_what_is_fetched(monkeypatch, tmp_path):
 def test_the_cache_is_not_asked_for_what_is_a_path(tmp_path):
     for path in (tmp_path, "nowhere", "./no/where", "/a/b/c"):
         assert hub.find(path) == Path(path)
+    assert hub.find("bundled") == checkpoint.BUNDLED
 
 
 def test_refusals(karlo, tmp_path):
