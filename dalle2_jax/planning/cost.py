@@ -1,15 +1,12 @@
-"""What a compiled program costs: its arithmetic, what its devices send, and the time.
+"""What a compiled program costs: what its devices send, and the time of a step.
 
-The arithmetic is counted in the traced program, of any device; collectives in the text
-of the compiled one, which is that of one device of many.
+Collectives are counted in the text of the program, which is that of one device of many.
 """
 
 import math
 import re
 from collections import Counter
-from typing import Any, NamedTuple
-
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from typing import NamedTuple
 
 from dalle2_jax.planning.topology import Chip
 
@@ -51,42 +48,6 @@ def roofline(
         hbm_bytes / (chip.bandwidth * MEMORY),
         network_bytes / (chip.network * NETWORK),
     )
-
-
-def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
-    """Operations of the products and convolutions of a program, on all its devices.
-
-    A multiplication and an addition are two. The body of a `scan` counts as often as it
-    runs, of a `cond` the longest branch, and the body of a `while` once. What is
-    recomputed in a backward pass counts again.
-    """
-    total = 0
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            size = math.prod(shape[i] for i in contracted)
-            total += 2 * size * equation.outvars[0].aval.size
-        elif name == "conv_general_dilated":
-            numbers = params["dimension_numbers"]
-            kernel = equation.invars[1].aval.shape
-            # For each output a kernel's worth of products, less those with the zeros
-            # between the pixels of a dilated input.
-            size = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-            size /= math.prod(params["lhs_dilation"])
-            total += round(2 * size * equation.outvars[0].aval.size)
-        elif name == "cond":
-            total += max(map(count_flops, params["branches"]))
-        else:
-            times = params["length"] if name == "scan" else 1
-            total += times * sum(map(count_flops, _programs(params)))
-    return total
-
-
-def _programs(params: dict[str, Any]) -> list[Jaxpr | ClosedJaxpr]:
-    """The programs inside an equation."""
-    return [x for x in params.values() if isinstance(x, Jaxpr | ClosedJaxpr)]
 
 
 _BITS = {"pred": 8, "bf": 16, "s": 0, "u": 0, "f": 0, "c": 0}

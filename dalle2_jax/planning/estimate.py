@@ -100,6 +100,7 @@ def plan(
 
     from dalle2_jax import xla
     from dalle2_jax.planning import blueprint
+    from dalle2_jax.train import measure
     from dalle2_jax.train import mesh as meshes
 
     start = time.monotonic()
@@ -110,7 +111,7 @@ def plan(
         program = blueprint.train(config, clip, mesh, own)
     else:
         program = blueprint.sample(config, clip, mesh, own, pictures)
-    flops = cost.count_flops(program.traced.jaxpr)
+    flops = measure.count_flops(program.traced.jaxpr)
     arguments = sum(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
         for x in jax.tree.leaves(program.arguments)

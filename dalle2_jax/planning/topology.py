@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.train.measure import PEAKS
 
 
 class Chip(NamedTuple):
@@ -32,12 +33,12 @@ class Chip(NamedTuple):
 # cloud.google.com/tpu/docs/system-architecture; the network is that of one axis of the
 # torus. NVIDIA's data sheets, dense and not sparse, and NVLink one way.
 CHIPS = {
-    "v5e": Chip("TPU v5e", 16 * 2**30, 197e12, 0.819e12, 100e9),
-    "v5p": Chip("TPU v5p", 95 * 2**30, 459e12, 2.765e12, 200e9),
-    "v6e": Chip("TPU v6e", 32 * 2**30, 918e12, 1.6e12, 200e9),
-    "a100": Chip("A100 80 GB", 80e9, 312e12, 2.039e12, 300e9),
-    "h100": Chip("H100 SXM", 80e9, 989e12, 3.35e12, 450e9),
-    "h200": Chip("H200 SXM", 141e9, 989e12, 4.8e12, 450e9),
+    "v5e": Chip("TPU v5e", 16 * 2**30, PEAKS["TPU v5 lite"], 0.819e12, 100e9),
+    "v5p": Chip("TPU v5p", 95 * 2**30, PEAKS["TPU v5"], 2.765e12, 200e9),
+    "v6e": Chip("TPU v6e", 32 * 2**30, PEAKS["TPU v6 lite"], 1.6e12, 200e9),
+    "a100": Chip("A100 80 GB", 80e9, PEAKS["NVIDIA A100"], 2.039e12, 300e9),
+    "h100": Chip("H100 SXM", 80e9, PEAKS["NVIDIA H100"], 3.35e12, 450e9),
+    "h200": Chip("H200 SXM", 141e9, PEAKS["NVIDIA H200"], 4.8e12, 450e9),
 }
 
 

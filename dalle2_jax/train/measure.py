@@ -1,12 +1,15 @@
 """What the devices do with their time: a step's operations, and JAX's profile."""
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from dalle2_jax.errors import UserError
 
@@ -34,16 +37,18 @@ def peak(kind: str) -> float | None:
     return PEAKS[max(names, key=len)] if names else None
 
 
-def least_seconds(update: Callable[..., Any], state: Any, frozen: Any, batch: Any):
+def least_seconds(
+    update: Callable[..., Any], state: Any, frozen: Any, batch: Any
+) -> float | None:
     """How long a step would take if all devices multiplied at their peak throughout.
 
     Steps per second times this is the model FLOPs utilisation (Chowdhery et al. 2022,
     arXiv 2204.02311, appendix B), where what is computed twice to save memory counts
-    twice, and what a network has in a loop counts once.
+    twice.
 
     Args:
-        update: the jitted training step; it is lowered, not compiled.
-        state, frozen, batch: its arguments, the batch [accumulate, b, ...].
+        update: the jitted training step; it is traced, not compiled.
+        state, frozen, batch: its arguments.
 
     Returns:
         Seconds; None where the peak of the devices isn't known, as for CPUs.
@@ -51,14 +56,48 @@ def least_seconds(update: Callable[..., Any], state: Any, frozen: Any, batch: An
     speed = peak(jax.devices()[0].device_kind)
     if speed is None:
         return None
-    # A loop over micro-batches would count as one of them.
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype, sharding=x.sharding),
-        batch,
-    )
-    cost = update.lower(state, frozen, shapes, 0).cost_analysis() or {}
-    flops = cost.get("flops", 0.0) * len(jax.tree.leaves(batch)[0])
-    return flops / (speed * jax.device_count()) or None
+    traced = update.trace(state, frozen, batch, np.int32(0))
+    return count_flops(traced.jaxpr) / (speed * jax.device_count())
+
+
+def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+    """Operations of the products and convolutions of a program, on all its devices.
+
+    A multiplication and an addition are two. The body of a `scan` counts as often as it
+    runs, that of a `shard_map` for each device, of a `cond` the longest branch, and the
+    body of a `while` once. What is recomputed in a backward pass counts again.
+    """
+    total = 0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            size = math.prod(shape[i] for i in contracted)
+            total += 2 * size * equation.outvars[0].aval.size
+        elif name == "conv_general_dilated":
+            numbers = params["dimension_numbers"]
+            kernel = equation.invars[1].aval.shape
+            # For each output a kernel's worth of products, less those with the zeros
+            # between the pixels of a dilated input.
+            size = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+            size /= math.prod(params["lhs_dilation"])
+            total += round(2 * size * equation.outvars[0].aval.size)
+        elif name == "cond":
+            total += max(map(count_flops, params["branches"]))
+        else:
+            times = 1
+            if name == "scan":
+                times = params["length"]
+            elif name == "shard_map":
+                times = params["mesh"].size
+            total += times * sum(map(count_flops, _programs(params)))
+    return total
+
+
+def _programs(params: dict[str, Any]) -> list[Jaxpr | ClosedJaxpr]:
+    """The programs inside an equation."""
+    return [x for x in params.values() if isinstance(x, Jaxpr | ClosedJaxpr)]
 
 
 def span(steps: str, start: int) -> range:
