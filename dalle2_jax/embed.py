@@ -27,26 +27,27 @@ PATH = flags.DEFINE_string("path", "", "Of the source.")
 OPTION = flags.DEFINE_multi_string("option", [], "NAME=VALUE, of the source.")
 SPLIT = flags.DEFINE_string("split", "", "train or heldout; without it all pictures.")
 OUT = flags.DEFINE_string("out", "", "Directory for the embeddings.")
-LIMIT = flags.DEFINE_integer("limit", None, "Only the first pictures, so many.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at once on a device.")
-SHARD_SIZE = flags.DEFINE_integer("shard_size", 10_000, "Pictures in a shard.")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Side of pictures to be stored.")
+LIMIT = flags.DEFINE_integer("limit", None, "Only the first pictures, so many.", 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at once on a device.", 1)
+SHARD_SIZE = flags.DEFINE_integer("shard_size", 10_000, "Pictures in a shard.", 1)
+IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "Side of pictures to be stored.", 1
+)
 IMAGE_FORMAT = flags.DEFINE_enum("image_format", "png", ["png", "jpeg"], "Theirs.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Activations.")
 Z_DTYPE = flags.DEFINE_enum("z_dtype", "float32", ["float32", "float16"], "On disk.")
-THREADS = flags.DEFINE_integer("threads", 4, "That read pictures.")
+THREADS = flags.DEFINE_integer("threads", 4, "That read pictures.", 1)
 WORKERS = flags.DEFINE_integer("workers", 0, "Processes that do, with threads each.")
 PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "This one, from 0.")
-PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "How many share the work.")
+PROCESS_COUNT = flags.DEFINE_integer(
+    "process_count", None, "How many share the work.", 1
+)
 
 
 def main() -> None:
     for flag in (MODEL, OUT):
         if not flag.value:
             raise UserError(f"no --{flag.name}: give a directory")
-    for flag in (BATCH_SIZE, SHARD_SIZE, THREADS, IMAGE_SIZE, LIMIT, PROCESS_COUNT):
-        if flag.value is not None and flag.value < 1:
-            raise UserError(f"--{flag.name}={flag.value}: must be at least 1")
 
     import jax
 

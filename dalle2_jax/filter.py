@@ -29,9 +29,9 @@ PATH = flags.DEFINE_string("path", "", "Of the source.")
 OPTION = flags.DEFINE_multi_string("option", [], "NAME=VALUE, of the source.")
 OUT = flags.DEFINE_string("out", "", "Directory for the lists and the report.")
 MODEL = flags.DEFINE_string("model", "", "A model with a CLIP: a directory, hub id.")
-LIMIT = flags.DEFINE_integer("limit", None, "Only the first examples, so many.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at once on a device.")
-THREADS = flags.DEFINE_integer("threads", 4, "That read pictures.")
+LIMIT = flags.DEFINE_integer("limit", None, "Only the first examples, so many.", 1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures at once on a device.", 1)
+THREADS = flags.DEFINE_integer("threads", 4, "That read pictures.", 1)
 WORKERS = flags.DEFINE_integer("workers", 0, "Processes that do, with threads each.")
 
 LIMITS = {
@@ -62,9 +62,6 @@ CLASSIFIER = flags.DEFINE_string(
 def main() -> None:
     if not OUT.value:
         raise UserError("no --out: give a directory")
-    for flag in (BATCH_SIZE, THREADS, LIMIT):
-        if flag.value is not None and flag.value < 1:
-            raise UserError(f"--{flag.name}={flag.value}: must be at least 1")
     bounds = LIMITS["min_classifier"].value, LIMITS["max_classifier"].value
     if (CLASSIFIER.value is None) != (bounds == (None, None)):
         raise UserError(
