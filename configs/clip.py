@@ -124,7 +124,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.net.remat = size in ("paper", "vit_l_14")
 
     # Rows of a device whose logits are in memory at a time, in place of all; 0 for all.
-    config.loss_chunk = values.get("loss_chunk", 0)
+    config.loss_chunk = 0
 
     config.tokenizer = ConfigDict()
     config.tokenizer.path = ""  # folder or hub id; "" trains one on the captions

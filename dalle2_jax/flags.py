@@ -36,10 +36,9 @@ def run(main: Callable[[], None]) -> None:
         except UserError as error:
             _fail(str(error))
 
-    logging.set_verbosity(logging.WARNING)
     # Orbax tells all that it does, and of a save that fails many times what it raises.
-    for name in ("absl", "asyncio"):
-        getLogger(name).setLevel(CRITICAL)
+    logging.set_verbosity(logging.FATAL)
+    getLogger("asyncio").setLevel(CRITICAL)
     app.run(call, flags_parser=parse)
 
 

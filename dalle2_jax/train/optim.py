@@ -54,7 +54,6 @@ def make(
         weight_decay: of kernels and, but with Muon, embeddings; not of biases and
             scales.
         clip_norm: largest norm of the gradient; 0 for no limit.
-
         sam_rho: the radius of `sam`, 0.1 for the paper's CLIP; 0 for none.
 
     Raises:
