@@ -12,7 +12,7 @@ from dalle2_jax.data import shapes, sources
 from dalle2_jax.data.examples import BadExample
 from dalle2_jax.data.sources import open_source
 from dalle2_jax.errors import UserError
-from tests.pictures import captioned, every, png, write_tar
+from tests.pictures import every, png, write_shards
 
 ALL = {"holdout": 0.0}
 
@@ -287,9 +287,7 @@ def test_tfds_errors(tfds_dir, tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    for shard in range(3):
-        with open(tmp_path / f"a-{shard:03d}.tar", "wb") as file:
-            write_tar(file, captioned([f"{4 * shard + i}" for i in range(4)]))
+    write_shards(tmp_path)
     return tmp_path
 
 

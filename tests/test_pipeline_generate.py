@@ -85,10 +85,8 @@ def test_the_upsampler_sees_the_small_picture(model):
 
 def test_few_pictures_are_split_over_the_devices(model):
     """Into strips, of which XLA exchanges the borders: the pictures are the same."""
-    part, low = (
-        model.upsamplers[0],
-        np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)),
-    )
+    part = model.upsamplers[0]
+    low = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3))
     arguments = jnp.float32(low), generate.picture_keys(0, 2)
     split = generate.in_strips(part, model.devices, 2)
     assert split.strips is not None

@@ -96,9 +96,9 @@ _NETWORKS = {
 
 def mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """All devices, or those given, over which pictures are spread."""
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
     auto = (AxisType.Auto,)
-    return jax.make_mesh((count,), ("data",), axis_types=auto, devices=devices)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=auto, devices=devices)
 
 
 def placer(
