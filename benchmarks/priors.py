@@ -1,12 +1,14 @@
 """The priors of the bundled model beside one another, and how they are sampled.
 
     python benchmarks/priors.py                     all
-    python benchmarks/priors.py ablation variance cache
+    python benchmarks/priors.py ablation variance components cache
 
 ablation  the paper's section 5.1 in small: captions shown, by the checker of shapes,
           and how much two pictures of a caption differ, over the decoder's guidance.
 variance  the diffusion prior with fixed small and with analytic variance: the Fréchet
           distance of its embeddings to those of pictures, over steps.
+components  what part of the variance of pictures' embeddings the first principal
+          components hold, of which the autoregressive prior writes codes.
 cache     the autoregressive prior with its key/value cache and without: the same codes,
           and seconds.
 """
@@ -57,14 +59,29 @@ def ablation(model) -> None:
             )
 
 
+def components(model) -> None:
+    z = dalle2_jax.encode_image(model, rendered(2048)[1]).astype(np.float64)
+    held = np.linalg.eigvalsh(np.cov(z, rowvar=False))[::-1].cumsum()
+    own = model.ar_prior.network.components
+    for count in sorted({own, 16, 24, 32, 64}):
+        mark = ", as many as the model's prior writes" if count == own else ""
+        print(f"components: {count} hold {held[count - 1] / held[-1]:.1%}{mark}")
+
+
+def rendered(count: int) -> tuple[list[shapes.Scene], list[np.ndarray]]:
+    """Held-out scenes, and pictures of them."""
+    rng = np.random.default_rng(3)
+    scenes = [shapes.sample_scene(rng, "heldout") for _ in range(count)]
+    return scenes, [shapes.render(s, 64) for s in scenes]
+
+
 def variance(model) -> None:
     config = prior_config.get_config("base")
     config.init_from, config.base = model.path, ""
     _, error = prior.measure_x0_error(config, 64)
     model = model._replace(x0_error=error)
-    rng = np.random.default_rng(3)
-    scenes = [shapes.sample_scene(rng, "heldout") for _ in range(2048)]
-    z = dalle2_jax.encode_image(model, [shapes.render(s, 64) for s in scenes])
+    scenes, pictures = rendered(2048)
+    z = dalle2_jax.encode_image(model, pictures)
     captions = [shapes.caption(s) for s in scenes[:1024]]
     real, others = z[:1024], z[1024:]
     part = model.prior
@@ -149,7 +166,7 @@ def _without(network, params, caption, keys):
     return jax.lax.fori_loop(0, network.components, step, codes)
 
 
-ALL = {f.__name__: f for f in (ablation, variance, cache)}
+ALL = {f.__name__: f for f in (ablation, variance, components, cache)}
 
 if __name__ == "__main__":
     main(ALL, __doc__.splitlines()[0])

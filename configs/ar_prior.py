@@ -26,7 +26,7 @@ SIZES = {
         "sampling": dict(guidance=2.0),
     },
     "small": {
-        # 16 components hold 93.5% of the variance of the bundled CLIP's embeddings.
+        # 16 components hold 93.6% of the variance of the bundled CLIP's embeddings.
         "net": dict(
             width=128, layers=4, heads=4, components=16, buckets=64, dot_products=16
         ),
