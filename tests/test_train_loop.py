@@ -1,6 +1,6 @@
-"""Training: what a step computes, and what survives an interruption.
+"""Training: what a run leaves, what survives an interruption, and what stops it.
 
-Run as a script, it trains the stage below in a process of its own:
+Run as a script, it trains the stage of linear.py in a process of its own:
 WORKDIR JSON [COORDINATOR PROCESSES PROCESS]. JSON has changes to the config, and maybe
 {"signal": [NAME, STEP]}, which the first process gets when it asks for that batch.
 """
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,56 +24,8 @@ from PIL import Image
 
 from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import loop, mesh, optim
-
-WIDTH = 256
-
-
-class Stage(NamedTuple):
-    """The fields of a stage that the loop reads."""
-
-    name: str
-    frozen: Any
-    init: Any
-    loss: Any
-    metrics: Any
-    preview: Any
-    export: Any
-    start: Any = None
-    compares: bool = False
-
-
-def linear(width=WIDTH, noise=0.01):
-    """A stage that learns a frozen matrix from what it does to random vectors."""
-    matrix = np.random.default_rng(0).normal(size=(width, width)) / np.sqrt(width)
-
-    def init(key):
-        kernel = jax.random.normal(key, (width, width)) / jnp.sqrt(width)
-        return {"kernel": kernel, "bias": jnp.zeros(width)}
-
-    def errors(params, frozen, x):
-        y = x @ params["kernel"] + params["bias"]
-        return jnp.mean((y - x @ frozen["matrix"]) ** 2, axis=-1)
-
-    def loss(params, frozen, batch, key):
-        x = batch["x"] + noise * jax.random.normal(key, batch["x"].shape)
-        mean = errors(params, frozen, x).mean()
-        return mean, {"root": jnp.sqrt(mean)}
-
-    def metrics(params, frozen, batch, key):
-        return {"error": errors(params, frozen, batch["x"])}
-
-    def preview(params, frozen, batch, key):
-        kernel = params["kernel"][:8, :8, None]
-        picture = jnp.clip(128 + 500 * kernel, 0, 255).astype(jnp.uint8)
-        images = jnp.broadcast_to(picture, (5, 8, 8, 3))
-        return {"kernel": images, "largest": jnp.abs(kernel).max()}
-
-    def export(params):
-        return {"params": {"linear": params}, "config": {"parts": {"linear": {}}}}
-
-    frozen = {"matrix": matrix.astype(np.float32)}
-    return Stage("linear", frozen, init, loss, metrics, preview, export)
+from dalle2_jax.train import loop
+from tests.linear import WIDTH, assert_close, assert_equal, linear, make_batches
 
 
 def make_config(**changes):
@@ -102,20 +53,6 @@ def make_config(**changes):
     )
     config.update(changes)
     return config
-
-
-def make_batches(rows=16, process=0, events=None, width=WIDTH):
-    """Batches that follow from the step; at a step in `events` that is called first."""
-
-    def batches(step):
-        while True:
-            for event in (events or {}).get(step, ()):
-                event()
-            x = np.random.default_rng([step]).normal(size=(16, width))
-            yield {"x": x.astype(np.float32)[process * rows : (process + 1) * rows]}
-            step += 1
-
-    return batches
 
 
 heldout = make_batches()
@@ -150,18 +87,6 @@ def read_metrics(workdir):
 def latest(workdir):
     with checkpoint.Run(workdir / "checkpoints") as run:
         return run.latest_step()
-
-
-def assert_equal(one, other):
-    """The same tree, bit for bit."""
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-def assert_close(one, other):
-    """The same tree but for rounding."""
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), one, other
-    )
 
 
 def losses(workdir):
@@ -386,7 +311,7 @@ def test_some_checkpoints_are_kept_for_good(whole, tmp_path):
     assert_equal(train(tmp_path), whole[1])  # from 16
 
 
-# What a step computes
+# How the state lies on the devices, and in what dtype
 
 
 def test_the_loss_is_the_same_however_the_state_is_laid_out(whole, tmp_path):
@@ -399,107 +324,10 @@ def test_the_loss_is_the_same_however_the_state_is_laid_out(whole, tmp_path):
         assert tree["bias"].sharding.is_fully_replicated
 
 
-def run_updates(steps, accumulate=1, stage=None, batches=heldout, **options):
-    """States after each of some updates with plain gradient descent, in numpy."""
-    stage = stage or linear(noise=0)
-    optimizer = optax.sgd(0.1)
-    grid = mesh.make()
-    update = jax.jit(
-        loop.make_update(stage.loss, optimizer, jax.random.key(0), **options)
-    )
-    params = stage.init(jax.random.key(1))
-    state = loop.TrainState(jnp.int32(0), params, params, optimizer.init(params))
-    states = [jax.device_get(state)]
-    for step in range(steps):
-        batch = mesh.put_batch(next(batches(step)), grid, accumulate)
-        state, metrics = update(state, stage.frozen, batch, step)
-        states.append(jax.device_get(state))
-    return states, metrics
-
-
-def test_accumulation_equals_the_big_batch():
-    (*_, big), big_metrics = run_updates(3, ema_decay=0.5)
-    (*_, small), small_metrics = run_updates(3, accumulate=2, ema_decay=0.5)
-    assert_close(small, big)
-    assert small_metrics["loss"] == pytest.approx(big_metrics["loss"])
-
-
-def test_a_loss_that_compares_sees_all_micro_batches():
-    """Its gradient is of the variance over the batch, not the mean of parts' variances.
-
-    Which is the larger, and the same whatever the parts.
-    """
-    stage = linear(noise=0)
-
-    def loss(params, frozen, batch, key):
-        y = (batch["x"] @ params["kernel"]).reshape(-1, WIDTH)
-        assert len(y) == 16
-        return y.var(axis=0).mean(), {}
-
-    stage = stage._replace(loss=loss)
-    options = dict(stage=stage, ema_decay=0.5, compares=True)
-    (*_, big), big_metrics = run_updates(3, **options)
-    (*_, small), small_metrics = run_updates(3, accumulate=2, **options)
-    assert_close(small, big)
-    assert small_metrics["loss"] == pytest.approx(big_metrics["loss"])
-
-
-def test_sam_takes_the_gradient_from_where_the_loss_is_highest():
-    """On |x - a|^2 / 2 the gradient is x - a, and SAM's (x - a)(1 + rho / |x - a|)."""
-    a, x = np.array([1.0, -2, 0.5]), np.array([0.25, 1, 3])
-    accumulate = 2
-    optimizer = optim.sam(optax.with_extra_args_support(optax.sgd(0.1)), rho=0.3)
-
-    def loss(params, frozen, batch, key):
-        return jnp.sum((params - batch.mean(axis=0)) ** 2) / 2, {}
-
-    update = jax.jit(
-        loop.make_update(loss, optimizer, jax.random.key(0), ema_decay=0.5)
-    )
-    state = loop.first_state(jnp.float32(x), optimizer)
-    batch = jnp.broadcast_to(jnp.float32(a), (accumulate, 4, 3))
-    for step in range(2):
-        state, metrics = update(state, {}, batch, step)
-        distance = np.linalg.norm(x - a)
-        np.testing.assert_allclose(metrics["loss"], distance**2 / 2, rtol=1e-5)
-        np.testing.assert_allclose(metrics["grad_norm"], distance, rtol=1e-5)
-        x = x - 0.1 * (x - a) * (1 + 0.3 / distance)
-        np.testing.assert_allclose(state.params, x, rtol=1e-5)
-
-
 def test_sam_in_bfloat16(tmp_path):
     config = make_config(optim={"sam_rho": 0.05, "warmup": 0})
     state = train(tmp_path, config, stage=start_from(7, jnp.bfloat16))
     assert state.step == 20 and losses(tmp_path)[-1] < losses(tmp_path)[0]
-
-
-def test_micro_batches_have_their_own_noise():
-    def loss(params, frozen, batch, key):
-        value = jax.random.uniform(key)
-        return value + 0 * params["bias"].sum(), {"square": value**2}
-
-    stage = linear()._replace(loss=loss)
-    _, metrics = run_updates(1, accumulate=2, stage=stage, ema_decay=0.5)
-    assert metrics["square"] > metrics["loss"] ** 2 + 1e-6
-
-
-def test_ema():
-    (first, *states), _ = run_updates(12, ema_decay=0.5)
-    expected = first.params["bias"]
-    for step, state in enumerate(states):
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * state.params["bias"]
-        np.testing.assert_allclose(state.ema["bias"], expected, rtol=1e-5, atol=1e-7)
-
-
-def test_the_state_stays_at_the_last_step_that_was_finite():
-    def batches(step):
-        yield {"x": np.full((16, WIDTH), np.nan if step == 2 else 0.1, np.float32)}
-
-    states, metrics = run_updates(5, batches=batches, ema_decay=0.5)
-    assert [int(state.step) for state in states] == [0, 1, 2, 2, 2, 2]
-    assert_equal(states[-1], states[2])
-    assert np.isfinite(metrics["loss"])  # of step 5, which did not count
 
 
 # What stops a run

@@ -28,7 +28,7 @@ from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.nn.unet import UNet
 from dalle2_jax.pipeline import loops, models
-from dalle2_jax.train import loop, optim
+from dalle2_jax.train import loop, optim, update
 from dalle2_jax.train import mesh as meshes
 
 
@@ -79,9 +79,9 @@ def train(
         stage = stages.make(small, lambda path: export)
         example = next(stage.batches("train", 0))
     optimizer = optim.make(config.steps, **config.optim)
-    state = jax.eval_shape(lambda p: loop.first_state(p, optimizer), stage.start)
+    state = jax.eval_shape(lambda p: update.first_state(p, optimizer), stage.start)
     _, key, _ = jax.random.split(jax.random.key(config.seed), 3)
-    update = loop.make_update(
+    step = update.make_update(
         stage.loss, optimizer, key, config.ema_decay, stage.compares
     )
     shardings = meshes.shardings(state, mesh)
@@ -95,7 +95,7 @@ def train(
     }
     arguments = state, frozen, batch
     with jax.set_mesh(mesh):
-        traced = loop.jit_update(update, shardings, options).trace(
+        traced = update.jit_update(step, shardings, options).trace(
             *arguments, np.int32(0)
         )
     return Program(
