@@ -43,8 +43,10 @@ holds these counts and each of the table's values.
 
 ## Memory and time
 
-The training step of each stage at the paper's size and batch, compiled for three TPU
-pods by [`docs/make_plan.py`](make_plan.py) and not run. A row is what
+The training step of each stage at the paper's size and batch on three TPU pods, by
+[`docs/make_plan.py`](make_plan.py): compiled and not run, or, where a number is marked
+"≥", not even compiled: then the memory is that of the state and the batch, and the time
+that of the arithmetic alone. A row is what
 
     python -m dalle2_jax.plan --config=configs/ROW --topology=TOPOLOGY \\
         --config.mesh.fsdp=FSDP
@@ -56,9 +58,7 @@ an estimate: the longer of a roofline at {compute:.0%} of the peak in arithmetic
 {memory:.0%} of the memory's bandwidth and {network:.0%} of the network's along one axis
 of the torus, and the compiler's own. The compiler made a low effort (`--effort=full`
 makes more, and takes far longer), so that a row that does not fit by little may fit
-after all. Reading the data is not in it. "≥" and "?" are of what isn't compiled: the
-memory is that of the state and the batch, and the time that of the arithmetic alone. A
-line without numbers is not planned yet.
+after all. Reading the data is not in it. A line without numbers is not planned yet.
 
 | row | chips | fsdp | parameters | batch | memory | fits | step, s | peak | days |
 |---|---|---|---|---|---|---|---|---|---|
