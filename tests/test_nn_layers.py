@@ -170,6 +170,44 @@ def test_attention_head_by_head_is_the_same(name, monkeypatch):
     )
 
 
+SEEN = jnp.array([3, 5], jnp.int32)
+
+
+def test_attention_to_the_first_keys():
+    q, k, v = normal(0, 2, 4, 3, 8), normal(1, 2, 5, 3, 8), normal(2, 2, 5, 3, 8)
+    mask = (jnp.arange(5) < SEEN[:, None])[:, None, None]
+    expected = softmax_attention(q, k, v, np.broadcast_to(mask, (2, 3, 4, 5)))
+    actual = jax.jit(layers.attention)(q, k, v, seen=SEEN)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [4, 3])
+@pytest.mark.parametrize("name", [*MASKS, "seen"])
+def test_attention_as_cudnn_wants_it(name, queries, monkeypatch):
+    """Its gradient is only for even numbers of positions, its masks are full."""
+    q, k, v = (
+        normal(i, 2, n, 3, 8, dtype=jnp.bfloat16) for i, n in enumerate([queries, 5, 5])
+    )
+    mask = MASKS.get(name)
+    if mask is not None:
+        mask = mask[:, :, :queries]
+    seen = SEEN if name == "seen" else None
+    expected = layers.attention(q, k, v, mask, seen)
+    xla = jax.nn.dot_product_attention
+
+    def cudnn(q, k, v, *, mask, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn"
+        assert q.shape[1] % 2 == k.shape[1] % 2 == 0
+        assert mask is None or mask.shape == (2, 3, q.shape[1], k.shape[1])
+        return xla(q, k, v, mask=mask, key_value_seq_lengths=key_value_seq_lengths)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn)
+    actual = layers.attention(q, k, v, mask, seen)
+    assert actual.shape == q.shape
+    np.testing.assert_allclose(*(np.float32(x) for x in (actual, expected)), atol=0.02)
+
+
 def test_attention_in_bfloat16_has_a_float32_softmax():
     q = k = v = normal(0, 1, 4, 1, 8, dtype=jnp.bfloat16)
     assert layers.attention(q, k, v).dtype == jnp.bfloat16

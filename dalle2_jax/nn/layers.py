@@ -38,21 +38,22 @@ def attention(
     k: Float[Array, "b tk h d"],
     v: Float[Array, "b tk h d"],
     mask: Bool[Array, "#b #h #tq tk"] | None = None,
+    seen: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b tq h d"]:
-    """softmax(q kᵀ / √d) v, with a float32 softmax; ``mask`` is True where q may see k.
+    """softmax(q kᵀ / √d) v, with a float32 softmax.
 
-    On a GPU in half precision it is cuDNN's fused kernel, but for a single q. Elsewhere
-    it is written with the heads moved forward, which XLA's CPU backend runs as plain
-    matrix products. On one CPU long sequences are taken head by head, so that the
-    weights stay in cache.
+    ``mask`` is True where q may see k; or every q sees the first ``seen`` of the keys.
+
+    On a GPU in half precision it is cuDNN's fused kernel, but for a single q; ``seen``
+    costs it nothing, a mask is as large as the weights. Elsewhere it is written with
+    the heads moved forward, which XLA's CPU backend runs as plain matrix products. On
+    one CPU long sequences are taken head by head, so that the weights stay in cache.
     """
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if jax.default_backend() == "gpu" and half and q.shape[1] > 1:
-        # cuDNN wants a mask of the full shape.
-        if mask is not None:
-            shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-            mask = jnp.broadcast_to(mask, shape)
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+        return _fused(q, k, v, mask, seen)
+    if seen is not None:
+        mask = (jnp.arange(k.shape[1]) < seen[:, None])[:, None, None]
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     if _on_one_cpu() and q.shape[2] * k.shape[2] >= _LONG:
         shape = q.shape
@@ -65,6 +66,26 @@ def attention(
     else:
         y = _attend(q, k, v, mask)
     return y.transpose(0, 2, 1, 3)
+
+
+def _fused(
+    q: Array, k: Array, v: Array, mask: Array | None, seen: Array | None
+) -> Array:
+    """attention by cuDNN: its gradient wants even sizes, and a mask is to be full."""
+    b, tq, h, _ = q.shape
+    tk = k.shape[1]
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (b, h, tq, tk))
+        mask = jnp.pad(mask, [(0, 0), (0, 0), (0, tq % 2), (0, tk % 2)])
+    elif seen is None and tk % 2:
+        seen = jnp.full(b, tk)
+    q, k, v = (
+        jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)]) for x in (q, k, v)
+    )
+    y = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, key_value_seq_lengths=seen, implementation="cudnn"
+    )
+    return y[:, :tq]
 
 
 def _on_one_cpu() -> bool:

@@ -93,14 +93,14 @@ class AttentionBlock(nn.Module):
 
         y = GroupNorm(self.groups, name="norm")(x).reshape(b, h * w, c)
         q, k, v = project(y, 3, "qkv")
+        seen = None
         if context is not None:
             context_k, context_v = project(context, 2, "context_kv")
-            k = jnp.concatenate([context_k, k], axis=1)
-            v = jnp.concatenate([context_v, v], axis=1)
-        if mask is not None:
-            mask = jnp.pad(mask, ((0, 0), (0, h * w)), constant_values=True)
-            mask = mask[:, None, None]
-        y = attention(q, k, v, mask).reshape(b, h * w, c)
+            k = jnp.concatenate([k, context_k], axis=1)
+            v = jnp.concatenate([v, context_v], axis=1)
+            if mask is not None:
+                seen = h * w + mask.sum(-1)
+        y = attention(q, k, v, seen=seen).reshape(b, h * w, c)
         y = nn.Dense(
             c, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out"
         )(y)
@@ -180,7 +180,7 @@ class UNet(nn.Module):
           t: timesteps as the training schedule counts them.
           vector: added to the timestep's embedding; its width is 4 · channels.
           context: more keys and values for every attention.
-          mask: True where the context may be seen.
+          mask: True where the context may be seen: its first tokens, and no others.
           train: whether dropout is on (needs the "dropout" rng).
 
         Returns:
