@@ -74,23 +74,24 @@ def examine(
         findings, setup = checks.check(config, load)
     yield from findings
     if wanted("data") and setup.source is not None:
+        said = {finding.found for finding in findings}  # as of a base that isn't there
         with told(f"looking at {examples} examples"):
             findings = attempt(
                 "data",
                 lambda: data.check(config, setup.source, setup.stage, load, examples),
             )
-        yield from findings
-    if setup.traced is None or not (wanted("memory") or wanted("speed")):
-        compiled = None
-    else:
+        yield from (finding for finding in findings if finding.found not in said)
+    if setup.traced is None or set(skip) >= {"memory", "overfit", "speed"}:
+        return
+    compiled = None
+    if wanted("memory") or wanted("speed"):
         with told("compiling the training step"), jax.set_mesh(setup.mesh):
-            there = memory.limit(setup.mesh.devices.ravel())
+            there = memory.limit(setup.mesh.devices.ravel().tolist())
             finding, compiled = memory.check(setup.traced, setup.arguments, there)
-        yield finding
+        if wanted("memory") or compiled is None:
+            yield finding
         if finding.level == "problem":
             return
-    if setup.traced is None:
-        return
     frozen = meshes.put(setup.stage.frozen, setup.mesh)
     if wanted("overfit"):
         with told(f"training {overfit_steps} steps on one batch"):

@@ -189,8 +189,8 @@ def judge_sizes(rows: Sequence[Mapping[str, Any]], size: int) -> Finding:
     small = int((sides < size).sum())
     found = (
         f"the shorter side is {sides.min()} to {sides.max()} px, median "
-        f"{np.median(sides):g}; {small} of {len(sides)} are below the {size} px that are "
-        "trained at"
+        f"{np.median(sides):g}; {small} of {len(sides)} are below the {size} px that "
+        "are trained at"
     )
     if not small:
         return ok("sizes", found)
@@ -223,12 +223,12 @@ def judge_duplicates(
     same = [
         first.setdefault(row.get("digest", str(i)), i) for i, row in enumerate(rows)
     ]
-    exact = [(i, j) for i, j in enumerate(same) if i != j]
+    exact = [(i, j) for j, i in enumerate(same) if i != j]
     found = f"{len(exact)} of {len(rows)} pictures repeat another to the pixel"
     examples = exact
     if z_image is not None:
         near = rules.near_duplicates(z_image, ALIKE)
-        alike = [(i, int(j)) for i, j in enumerate(near) if i != j]
+        alike = [(int(i), j) for j, i in enumerate(near) if i != j]
         found += f", {len(alike)} are like another by CLIP (cosine {ALIKE} or more)"
         examples = exact or alike
     if not examples:

@@ -26,7 +26,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle2_jax.checks.finding import Finding, ok
-from dalle2_jax.stages import Stage
 from dalle2_jax.train import mesh as meshes
 from dalle2_jax.train import optim, update
 
@@ -85,7 +84,7 @@ def watch() -> optax.GradientTransformation:
 
 
 def overfit(
-    stage: Stage,
+    stage: Any,
     config: ConfigDict,
     mesh: Mesh,
     frozen: Any,
@@ -95,7 +94,7 @@ def overfit(
     """Trains on one batch.
 
     Args:
-      stage: with a loss that can be given so many rows.
+      stage: a Stage, with a loss that can be given so many rows.
       config: its ConfigDict, of which seed, ema_decay and optim are read.
       mesh: which `jax.set_mesh` has set; its devices share the batch.
       frozen: of the stage, on the devices.
