@@ -82,7 +82,7 @@ def test_a_base_of_other_pictures(tmp_path):
     values = {"base": str(tmp_path / "base")}
     found = examine(values, skip=skip)["embeddings"]
     assert found.level == "ok" and "takes its own" in found.found
-    assert "their means are off by 3 deviations" in found.found
+    assert "their means are 3 deviations off" in found.found
 
 
 def test_faults_of_a_folder(tmp_path):

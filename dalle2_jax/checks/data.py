@@ -21,6 +21,7 @@ from dalle2_jax.pipeline import encode, models
 
 BLANK = 2.0  # deviation of the pixels below which a picture shows nothing
 ALIKE = 0.99  # cosine of the embeddings of two pictures that are nearly the same
+DRAWN = 64  # px of a drawn picture where nothing says how large it is to be
 MANY = 0.05  # of the sample: worth a warning
 
 
@@ -47,7 +48,7 @@ def check(
     clip = None if base is None else _clip_of(base, config)
     clip_size = None if clip is None else encode.image_size(clip)
     values = config.to_dict()
-    size = values.get("size") or values["net"].get("image_size") or clip_size
+    size = values.get("size") or values["net"].get("image_size") or clip_size or DRAWN
     embed = clip is not None and source.embedded is None
     rows, bad = sample(
         source,
@@ -236,6 +237,6 @@ def judge_duplicates(
     i, j = examples[0]
     found += f", as {keys[i]} and {keys[j]}"
     if exact or len(examples) > MANY * len(rows):
-        remedy = f"filter with --model=MODEL --duplicates={ALIKE}"
+        remedy = f"look at them; filter with --model=MODEL --duplicates={ALIKE}"
         return Finding("warning", "duplicates", found, remedy)
     return ok("duplicates", found)

@@ -78,9 +78,9 @@ def judge(
         return Finding("problem", "embeddings", found, "give the base of one CLIP")
     far = distance(z_image, mean, std)
     found = (
-        f"against the base's statistics their means are off by {far.shift:.2g} "
-        f"deviations (chance: {far.shift_of_chance:.2g}), their deviations by a factor "
-        f"of {np.exp(far.spread):.2g} ({np.exp(far.spread_of_chance):.2g})"
+        f"their means are {far.shift:.2g} deviations off the base's statistics, by "
+        f"chance it were {far.shift_of_chance:.2g}; their deviations "
+        f"{np.expm1(far.spread):.0%}, by chance {np.expm1(far.spread_of_chance):.0%}"
     )
     if far.explained:
         return ok("embeddings", found)

@@ -38,6 +38,8 @@ def step_rate(
 ) -> float:
     """Steps a second of a jitted training step on one batch, all on the devices.
 
+    As in training, one step is in flight while the next is asked for.
+
     Args:
       update: of `train.update.Step`; it is given the state to be changed in place.
     """
@@ -45,9 +47,10 @@ def step_rate(
     jax.block_until_ready(values)
     start, done = time.monotonic(), 0
     while not done or (time.monotonic() - start < seconds and done < MOST):
-        done += 1
+        done, before = done + 1, values
         state, values = update(state, frozen, batch, np.int32(done))
-        jax.block_until_ready(values)
+        jax.block_until_ready(before)
+    jax.block_until_ready(values)
     return done / (time.monotonic() - start)
 
 
@@ -74,7 +77,7 @@ def judge(
     duration = datetime.timedelta(seconds=math.ceil(wanted / min(data, steps)))
     peak = "" if least is None else f", at {steps * least:.0%} of their peak"
     found = (
-        f"the data gives {data:.3g} batches/s ({data * batch_size:.3g} pictures/s), "
+        f"the data gives {data:.3g} batches/s ({data * batch_size:,.0f} pictures/s), "
         f"the devices take {steps:.3g}{peak}; {wanted:,} steps need about {duration}"
     )
     if data >= steps:
