@@ -54,10 +54,9 @@ def test_a_healthy_config():
     assert "in 30 steps" in found["overfit"].found
 
 
-@pytest.mark.parametrize("learning_rate", [0.0, 100.0])
-def test_a_config_that_does_not_learn(learning_rate):
+def test_a_config_that_does_not_learn():
     found = examine(
-        {"optim.learning_rate": learning_rate},
+        {"optim.learning_rate": 0.0},
         clip.get_config("tiny"),
         overfit_steps=10,
         skip=("data", "memory", "speed"),

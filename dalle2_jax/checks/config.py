@@ -55,7 +55,7 @@ def check(config: ConfigDict, load: stages.Load) -> tuple[list[Finding], Setup]:
     """
     findings: list[Finding] = []
 
-    def attempt(check: str, function: Callable[[], T]) -> T | None:
+    def attempt(name: str, function: Callable[[], T]) -> T | None:
         try:
             return function()
         except UserError as error:
@@ -64,7 +64,7 @@ def check(config: ConfigDict, load: stages.Load) -> tuple[list[Finding], Setup]:
         except Exception as error:
             found = f"{type(error).__name__}: {first_line(error)}"
         if found not in (finding.found for finding in findings):
-            findings.append(Finding("problem", check, found))
+            findings.append(Finding("problem", name, found))
         return None
 
     mesh = attempt("mesh", lambda: meshes.make(**config.mesh))

@@ -8,7 +8,7 @@ rows `tiny` and, if there are two, `small`):
 
     clip       0.2  (0.00)        of the cost of guessing
     prior      0.5  (0.19, 0.03)  of the cost of an output of 0, as the next two
-    decoder    0.5  (0.05)
+    decoder    0.5  (0.05)        (30 steps of `small` leave 0.14)
     upsampler  0.5
     ar_prior   0.3  (0.04)        of the cost of guessing
 
