@@ -80,8 +80,9 @@ def check(
             net["context_length"],
             source.endless,
         )
-    if z_image is not None and base is not None:
-        own = config.stage == "prior" and not config.init_from
+    reads = config.stage in ("prior", "ar_prior", "decoder")
+    if z_image is not None and base is not None and reads:
+        own = config.stage != "decoder" and not config.init_from
         findings.append(embeddings.judge(z_image, base.statistics, own))
     if source.embedded is not None and base is not None and "clip" in base.params:
         if source.embedded.clip == checkpoint.fingerprint(base.params["clip"]):
