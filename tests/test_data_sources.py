@@ -62,7 +62,9 @@ def test_folder_with_sidecars(folder):
     for name in ("0", "1", "deep/3"):
         (folder / f"{name}.txt").write_text(f"picture\n{name} \n")
     (folder / "README.txt").write_text("not a caption")
-    assert every(open_source("folder", folder)) == {
+    source = open_source("folder", folder)
+    assert source.left_out == 1  # 2.png
+    assert every(source) == {
         "picture 0": png(0),
         "picture 1": png(1),
         "picture deep/3": png(3),
@@ -95,6 +97,9 @@ def test_folder_with_metadata(folder):
         *["metadata without file_name"] * 2,
     ]
     assert sources.captions(source) == ["zero", "one", "uno"]
+    assert source.left_out == 0
+    (folder / "3.png").write_bytes(png(3))
+    assert open_source("folder", folder).left_out == 1
 
 
 def test_captions_that_are_not_utf8_are_bad(folder):

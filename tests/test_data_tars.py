@@ -167,6 +167,7 @@ def test_tars_of_any_order_and_layout(tmp_path):
         "a.tar:b/x.y": "from json",
         "a.tar:c": ["three", "drei"],
     }
+    assert source.left_out == 2  # alone and text only
     assert os.listdir(tmp_path) == ["a.tar"]
 
 

@@ -27,6 +27,7 @@ FLOORS = {
     "train": 4,
     "evaluate": 4,
     "app": 4,
+    "checks": 5,
     "planning": 5,
     # The package's face and its commands may use everything.
     "__init__": 6,

@@ -11,7 +11,7 @@ from dalle2_jax import checkpoint, stages, xla
 from dalle2_jax.errors import UserError
 from dalle2_jax.pipeline import loops
 from dalle2_jax.planning import blueprint
-from dalle2_jax.train import loop
+from dalle2_jax.train import loop, update
 from dalle2_jax.train import mesh as meshes
 
 STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler")
@@ -30,7 +30,7 @@ def test_the_training_step_is_the_loops(stage, base, tmp_path, monkeypatch):
     config.update(dict(eval_every=0, preview_every=0))
     config.mesh.fsdp = 2
     config.base = base
-    jit_update = loop.jit_update
+    jit_update = update.jit_update
 
     class Lowered(Exception):
         """In place of running the step: its program."""
@@ -41,7 +41,7 @@ def test_the_training_step_is_the_loops(stage, base, tmp_path, monkeypatch):
 
         return update
 
-    monkeypatch.setattr(loop, "jit_update", spy)
+    monkeypatch.setattr(update, "jit_update", spy)
     trained = stages.make(config)
     with pytest.raises(Lowered) as lowered:
         loop.train(

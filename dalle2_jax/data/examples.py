@@ -43,19 +43,24 @@ class Embedded(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """All that a source has: a key for each example, and how the i-th is read."""
+    """All that a source has: a key for each example, and how the i-th is read.
+
+    `left_out` counts pictures without a caption and captions without a picture, which
+    are no examples.
+    """
 
     name: str
     keys: Sequence[str]
     read: Callable[[int], dict]
     embedded: Embedded | None = None
+    left_out: int = 0
 
 
 class Source:
     """Examples by index. `endless` ones are drawn at random and need no shuffling.
 
     Each has a key of its own, by default its index. `embedded` is None where examples
-    are pictures with captions and no more.
+    are pictures with captions and no more; `left_out` is as of Listing.
     """
 
     def __init__(
@@ -66,8 +71,10 @@ class Source:
         endless: bool = False,
         keys: Sequence[str] | None = None,
         embedded: Embedded | None = None,
+        left_out: int = 0,
     ):
         self.name, self.endless, self.embedded = name, endless, embedded
+        self.left_out = left_out
         self._indices, self._read, self._keys = indices, read, keys
 
     def __len__(self) -> int:
@@ -112,7 +119,12 @@ def select(
         part = order[:held_out] if split == "heldout" else order[held_out:]
         indices = np.sort(part)
     return Source(
-        listing.name, indices, listing.read, keys=keys, embedded=listing.embedded
+        listing.name,
+        indices,
+        listing.read,
+        keys=keys,
+        embedded=listing.embedded,
+        left_out=listing.left_out,
     )
 
 

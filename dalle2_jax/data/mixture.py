@@ -54,5 +54,10 @@ def mix(sources: Sequence[Source], weights: Sequence[float | int], seed: int) ->
 
     name = "mixture of " + ", ".join(source.name for source in sources)
     return Source(
-        name, range(ENDLESS), read, endless=True, embedded=sources[0].embedded
+        name,
+        range(ENDLESS),
+        read,
+        endless=True,
+        embedded=sources[0].embedded,
+        left_out=sum(source.left_out for source in sources),
     )

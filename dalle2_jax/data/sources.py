@@ -203,7 +203,8 @@ def _folder(path: str) -> Listing:
         keys, read = _with_metadata(folder, files)
     else:
         keys, read = _with_sidecars(folder, files, pictures)
-    return Listing(f"folder {path}", keys, read)
+    left_out = len(set(pictures) - set(keys))
+    return Listing(f"folder {path}", keys, read, left_out=left_out)
 
 
 def _with_sidecars(folder: Path, files: set[str], pictures: list[str]):

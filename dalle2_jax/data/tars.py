@@ -72,7 +72,7 @@ def webdataset(path: str) -> Listing:
                 raise BadExample("caption not JSON", keys[i]) from None
         return {"image": data, "caption": clean(caption, keys[i])}
 
-    return Listing(f"webdataset {path}", keys, read)
+    return Listing(f"webdataset {path}", keys, read, left_out=incomplete)
 
 
 def _shards(path: str):

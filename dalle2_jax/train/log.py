@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import importlib
 import json
 import math
 import os
@@ -52,6 +53,7 @@ class Log:
         self._waited = 0.0
         if not self.active:
             return
+        check_writers(tensorboard, wandb)
         self._writer = _tensorboard(workdir, start) if tensorboard else None
         self._wandb = _wandb(workdir, name, wandb) if wandb else None
         path = workdir / "metrics.jsonl"
@@ -194,24 +196,30 @@ def _drop_after(path: Path, step: int) -> None:
     os.replace(new, path)
 
 
+def check_writers(tensorboard: bool, wandb: str) -> None:
+    """A UserError where what the log is to write with is not installed."""
+    for wanted, package, name, extra in (
+        (tensorboard, "tensorboardX", "tensorboard=True", "tensorboard"),
+        (wandb, "wandb", f"wandb={wandb!r}", "wandb"),
+    ):
+        try:
+            _ = wanted and importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(
+                f"{name} needs {package}: pip install 'dalle2_jax[{extra}]'"
+            ) from error
+
+
 def _tensorboard(workdir: Path, start: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "tensorboard=True needs tensorboardX: pip install 'dalle2_jax[tensorboard]'"
-        ) from error
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
 
 def _wandb(workdir: Path, name: str, project: str) -> Any:
     """A run of Weights & Biases, the same one when this run goes on."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            f"wandb={project!r} needs wandb: pip install 'dalle2_jax[wandb]'"
-        ) from error
+    import wandb
+
     path = workdir / "wandb_id.txt"
     if not path.exists():
         path.write_text(secrets.token_hex(4))

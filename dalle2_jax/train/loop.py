@@ -27,9 +27,8 @@ from dalle2_jax.train.log import Log
 from dalle2_jax.train.update import (
     TrainState,
     ema_distance,
-    first_state,
-    jit_update,
-    make_update,
+    make_step,
+    split_seed,
 )
 
 # Makes the batches from a given step on, each a dict of this process's rows.
@@ -70,7 +69,7 @@ def train(
     workdir = _make_workdir(workdir)
     mesh = meshes.make(**config.mesh)
     check_batch_size(config, mesh)
-    _check_keeping(config)
+    check_keeping(config)
     saved_config = json.loads(json.dumps(config.to_dict()))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone(workdir))
@@ -81,29 +80,15 @@ def train(
         interrupted = stack.enter_context(_interruption(run))
 
         # The state: a new one, or the latest that is complete on disk.
-        init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
         optimizer = optim.make(config.steps, **config.optim)
-
-        def begin(params):
-            return first_state(params, optimizer)
-
-        def init(key):
-            return begin(stage.init(key))
-
-        abstract = jax.eval_shape(init, init_key)
-        shardings = meshes.shardings(abstract, mesh)
+        program = make_step(stage, config, mesh, optimizer)
         start = run.latest_step()
         if start is None:
             start, changes = 0, []
-            if stage.start is None:
-                state = jax.jit(init, out_shardings=shardings)(init_key)
-            else:
-                params = meshes.put(stage.start, mesh)
-                state = jax.jit(begin, out_shardings=shardings)(params)
-                del params  # the state has its own
+            state = program.begin()
         else:
             changes = checkpoint.changes(run.config(), saved_config)
-            state = run.restore(meshes.with_shardings(abstract, shardings), changes)
+            state = run.restore(program.abstract, changes)
         frozen = meshes.put(stage.frozen, mesh)
 
         log = stack.enter_context(
@@ -129,17 +114,13 @@ def train(
 
         # What runs on the devices. `frozen` is an argument of each: what a compiled
         # function captures would be copied into its program.
-        options = xla.compiler_options()
-        update = jit_update(
-            make_update(
-                stage.loss, optimizer, step_key, config.ema_decay, stage.compares
-            ),
-            shardings,
-            options,
-        )
+        update = program.update
+        *_, eval_key = split_seed(config.seed)
         everywhere = NamedSharding(mesh, PartitionSpec())
         jit = functools.partial(
-            jax.jit, out_shardings=everywhere, compiler_options=options
+            jax.jit,
+            out_shardings=everywhere,
+            compiler_options=xla.compiler_options(),
         )
         distance = jit(ema_distance)
         metrics = jit(stage.metrics)
@@ -327,7 +308,8 @@ def check_batch_size(config: Any, mesh: Mesh) -> None:
         )
 
 
-def _check_keeping(config: Any) -> None:
+def check_keeping(config: Any) -> None:
+    """A UserError where a checkpoint is to be kept that isn't saved."""
     if config.keep_every and config.keep_every % (config.save_every or np.inf):
         raise UserError(
             f"keep_every={config.keep_every} must be a multiple of save_every="

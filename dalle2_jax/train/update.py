@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dalle2_jax import xla
+from dalle2_jax.train import mesh as meshes
 from dalle2_jax.train import optim
 
 
@@ -22,6 +24,64 @@ class TrainState(NamedTuple):
     params: Any
     ema: Any  # moving average of the params: what is evaluated and exported
     opt_state: Any
+
+
+class Step(NamedTuple):
+    """A stage's training step on a mesh, and what it begins with.
+
+    Attributes:
+        update: (state, frozen, batch, step) -> (state, metrics), jitted; see
+            `make_update`.
+        abstract: the state's shapes, with where each array lies.
+        begin: makes the first state, on the devices.
+    """
+
+    update: Any
+    abstract: TrainState
+    begin: Callable[[], TrainState]
+
+
+def make_step(
+    stage: Any, config: Any, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> Step:
+    """The step that `train.loop` runs; nothing is compiled or on the devices yet.
+
+    Args:
+        stage: a Stage.
+        config: its ConfigDict, of which seed and ema_decay are read.
+        mesh: to be set where the step is used, as `jax.set_mesh` does.
+        optimizer: of `optim.make`.
+    """
+    init_key, step_key, _ = split_seed(config.seed)
+
+    def begin(params):
+        return first_state(params, optimizer)
+
+    def init(key):
+        return begin(stage.init(key))
+
+    abstract = jax.eval_shape(init, init_key)
+    shardings = meshes.shardings(abstract, mesh)
+
+    def start():
+        if stage.start is None:
+            return jax.jit(init, out_shardings=shardings)(init_key)
+        params = meshes.put(stage.start, mesh)  # the state has its own
+        return jax.jit(begin, out_shardings=shardings)(params)
+
+    update = make_update(
+        stage.loss, optimizer, step_key, config.ema_decay, stage.compares
+    )
+    return Step(
+        update=jit_update(update, shardings, xla.compiler_options()),
+        abstract=meshes.with_shardings(abstract, shardings),
+        begin=start,
+    )
+
+
+def split_seed(seed: int) -> jax.Array:
+    """The keys of a run's first params, its steps, and its metrics and previews."""
+    return jax.random.split(jax.random.key(seed), 3)
 
 
 def first_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

@@ -1,0 +1,1 @@
+"""Whether a config is worth a long run: what is wrong with it, its data, its speed."""
