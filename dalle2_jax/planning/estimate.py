@@ -88,6 +88,9 @@ def plan(
 ) -> Plan:
     """Compiles a program and tells what it takes.
 
+    Its arithmetic is taken as evenly split; over `tensor` norms and a network's ends
+    are not, which only the compiler's own estimate of the time has in it.
+
     Args:
       config: of the stage.
       clip: arguments of the CLIP that it builds on, or None.
