@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import re
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -124,11 +123,11 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("stage", WHOLE)
-def test_every_large_kernel_of_the_paper(stage):
+def test_every_large_kernel_of_the_paper(stage, tmp_path):
     size = "paper_256" if stage == "upsampler" else "paper"
     config = importlib.import_module(f"configs.{stage}").get_config(size)
     clip = blueprint.clip_net(configs_clip.get_config("paper"))
-    model = blueprint.hollow(config, clip, tempfile.mkdtemp())
+    model = blueprint.hollow(config, clip, str(tmp_path))
     (params,) = (model.params[name] for name in model.params if stage in name)
     made = mesh.make(fsdp=2, tensor=2)
     whole, names = set(), set()
@@ -141,9 +140,9 @@ def test_every_large_kernel_of_the_paper(stage):
             whole.add(layer)
     assert whole <= WHOLE[stage] and names <= set(mesh.TENSOR_AXIS)
     kernels = {"qkv", "out", "mlp_in", "mlp_out"}
-    unet = {"conv_1", "conv_2"}
-    everything = kernels | unet | {"context_kv"}
-    assert names == {"decoder": everything, "upsampler": unet}.get(stage, kernels)
+    convs = {"conv_1", "conv_2"}
+    everything = kernels | convs | {"context_kv"}
+    assert names == {"decoder": everything, "upsampler": convs}.get(stage, kernels)
 
 
 def close(found, expected):

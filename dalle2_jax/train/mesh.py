@@ -25,7 +25,8 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # those over which a batch is split
 
 # The axis of a layer's kernel that is split over `tensor`: of those that open a block
-# that of its outputs, of those that close it that of its inputs.
+# that of its outputs, of those that close it that of its inputs. Of them only qkv and
+# context_kv are gathered, as they hold several matrices, each to be split by its heads.
 TENSOR_AXIS = {
     **dict.fromkeys(("qkv", "context_kv", "mlp_in", "conv_1"), -1),
     **dict.fromkeys(("out", "mlp_out", "conv_2"), -2),
