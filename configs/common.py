@@ -75,8 +75,9 @@ def common(stage: str) -> ConfigDict:
     config.optim.sam_rho = 0.0  # of sharpness-aware minimisation; 0 for none
 
     config.mesh = ConfigDict()
-    config.mesh.data = -1  # the devices that fsdp leaves
+    config.mesh.data = -1  # the devices that the others leave
     config.mesh.fsdp = 1
+    config.mesh.tensor = 1
     return config
 
 

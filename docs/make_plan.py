@@ -44,9 +44,9 @@ holds these counts and each of the table's values.
 ## Memory and time
 
 The training step of each stage at the paper's size and batch on three TPU pods, by
-[`docs/make_plan.py`](make_plan.py): compiled and not run, or, where a number is marked
-"≥", not even compiled: then the memory is that of the state and the batch, and the time
-that of the arithmetic alone. A row is what
+[`docs/make_plan.py`](make_plan.py). Of its {lines} lines {compiled} are compiled, not
+run. Those marked "≥" are not even compiled: they have the memory of the state and the
+batch alone and the time of the arithmetic alone, and really take more. A row is what
 
     python -m dalle2_jax.plan --config=configs/ROW --topology=TOPOLOGY \\
         --config.mesh.fsdp=FSDP
@@ -115,7 +115,13 @@ def page(results: dict) -> str:
     sys.path.insert(0, str(DOCS.parent))
     from dalle2_jax.planning import cost
 
-    text = HEADER.format(compute=cost.COMPUTE, memory=cost.MEMORY, network=cost.NETWORK)
+    text = HEADER.format(
+        compute=cost.COMPUTE,
+        memory=cost.MEMORY,
+        network=cost.NETWORK,
+        compiled=sum(found["fits"] is not None for found in results.values()),
+        lines=len(cells()),
+    )
     return text + "".join(line(*cell, results.get(" ".join(cell))) for cell in cells())
 
 

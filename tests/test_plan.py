@@ -31,7 +31,11 @@ def test_the_command():
     assert done.returncode == 0, done.stderr
     assert "estimated from the CPU's compiler" in done.stderr
     found = json.loads(done.stdout)
-    assert found["parameters"] == 32_736 and found["mesh"] == {"data": 2, "fsdp": 1}
+    assert found["parameters"] == 32_736 and found["mesh"] == {
+        "data": 2,
+        "fsdp": 1,
+        "tensor": 1,
+    }
 
 
 PRIOR, H100 = "--config=configs/prior.py:tiny", "--topology=h100:2"

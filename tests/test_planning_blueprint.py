@@ -67,6 +67,9 @@ def test_every_stage_has_a_training_step(stage):
     assert (program.examples, program.repeats) == (32, 2)
     for x in batch.values():
         assert x.shape[:2] == (2, 16) and x.sharding.shard_shape(x.shape)[1] == 2
+    config.mesh.tensor = 2
+    batch = blueprint.train(config, CLIP, meshes.make(**config.mesh), {}).arguments[2]
+    assert {x.sharding.shard_shape(x.shape)[1] for x in batch.values()} == {4}
     assert jax.tree.structure(state.ema) == jax.tree.structure(program.params)
 
 

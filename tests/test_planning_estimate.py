@@ -27,7 +27,7 @@ def test_a_plan_of_training_for_gpus():
     config = tiny("prior", batch_size=16)
     config.mesh.fsdp = 2
     found = estimate.plan(config, CLIP, topology.parse("h100:8"))
-    assert found.program == "training prior" and found.mesh == {"data": 4, "fsdp": 2}
+    assert found.program == "training prior" and tuple(found.mesh.values()) == (4, 2, 1)
     # Params, their average, and Adam's two moments; the CLIP; and two pictures and
     # captions a device. None of the arrays is large enough to be split.
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def make(fits=True, seconds=1.0, needed=2**30, **values):
     defaults = dict(
         program="training prior",
         topology="h100:8",
-        mesh={"data": 4, "fsdp": 2},
+        mesh={"data": 4, "fsdp": 2, "tensor": 1},
         remat=True,
         parameters=1_000,
         examples=64,
@@ -133,15 +133,20 @@ def test_a_search_tries_what_may_help(monkeypatch):
     tried = []
 
     def fake(config, clip, topology, effort):
-        found = config.mesh.fsdp, config.net.remat
-        tried.append(found)
+        tried.append((config.mesh.fsdp, config.mesh.tensor, config.net.remat))
         return make(fits=config.mesh.fsdp >= 4)
 
     monkeypatch.setattr(estimate, "plan", fake)
-    config = tiny("prior")
-    found = list(estimate.search(config, None, topology.parse("v5e:8x8"), "low"))
-    assert tried == [(1, True), (2, True), (4, True), (4, False), (8, True), (8, False)]
-    assert [p.fits for p in found] == [False, False, True, True, True, True]
+    config, where = tiny("prior", batch_size=64), topology.parse("v5e:8x8")
+    found = list(estimate.search(config, None, where, "low"))
+    fsdp = [(1, True), (2, True), (4, True), (4, False), (8, True), (8, False)]
+    assert tried == [(n, 1, remat) for n, remat in fsdp] + [(4, 2, True)]
+    assert [p.fits for p in found] == [False, False, True, True, True, True, True]
+    # Fewer rows than devices.
+    config.batch_size = 16
+    del tried[:]
+    list(estimate.search(config, None, where, "low"))
+    assert tried == [(n, 4, remat) for n, remat in fsdp] + [(4, 8, True)]
 
 
 def test_remat_of_networks_in_networks():
@@ -171,7 +176,7 @@ def test_what_a_tpus_compiler_says(message):
 @pytest.mark.parametrize(
     "where, values, message",
     [
-        ("h100:4", {"mesh.fsdp": 8}, "mesh.fsdp=8 does not fit 4 devices"),
+        ("h100:4", {"mesh.fsdp": 8}, "mesh.fsdp=8, .* does not fit 4 devices"),
         ("h100:3", {}, "batch_size=16 must be a multiple of 3"),
     ],
 )

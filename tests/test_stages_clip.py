@@ -57,10 +57,12 @@ def weighted(loss, weights):
     )
 
 
-@pytest.mark.parametrize("chunk, fsdp", [(8, None), (2, 1), (1, 4)])
-def test_a_chunked_loss_is_the_plain_one_and_has_its_gradient(chunk, fsdp):
+@pytest.mark.parametrize(
+    "chunk, shape", [(8, None), (2, (8, 1, 1)), (1, (2, 4, 1)), (4, (2, 2, 2))]
+)
+def test_a_chunked_loss_is_the_plain_one_and_has_its_gradient(chunk, shape):
     weights = np.linspace(1, 2, 32)
-    grid = meshes.make(fsdp=fsdp) if fsdp else None
+    grid = meshes.make(*shape) if shape else None
     with jax.enable_x64(True):
         arguments = tuple(map(jnp.asarray, examples(32)))
         expected = weighted(plain_loss, weights)(*arguments)

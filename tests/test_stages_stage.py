@@ -22,6 +22,19 @@ def test_dropped_captions_become_the_empty_one():
     np.testing.assert_array_equal(dropped, [[0, 1], [9, 9], [4, 5]])
 
 
+@pytest.mark.parametrize(
+    "stage, values, what",
+    [
+        ("clip", {"net.text_heads": 4}, "vision_heads has 2"),
+        ("prior", {}, "heads has 2"),
+        ("decoder", {"net.text_encoder.heads": 4}, "level 1 has 2"),
+    ],
+)
+def test_heads_that_can_not_be_split(stage, values, what):
+    with pytest.raises(UserError, match=f"mesh.tensor=4 must divide .*: {what}"):
+        make_stage(stage, **values, **{"mesh.tensor": 4})
+
+
 def test_the_timesteps_of_a_batch_are_spread_evenly():
     """Eight of them: one in each eighth of the schedule, from a start by chance."""
     table, firsts = schedule.make("cosine", 1000), []

@@ -27,18 +27,29 @@ LAYOUTS = [
     (1, 8, {"data": 8, "fsdp": 1}),
     (1, 8, {"data": 1, "fsdp": 8}),
     (1, 8, {"data": 2, "fsdp": 4}),
+    (1, 8, {"data": 2, "fsdp": 2, "tensor": 2}),
+    (1, 4, {"data": 1, "fsdp": 1, "tensor": 4}),
     (2, 1, {"data": 1, "fsdp": 2}),
     (4, 1, {"data": 2, "fsdp": 2}),
+    (2, 2, {"data": 1, "fsdp": 2, "tensor": 2}),
 ]
+# As many heads as the widest `tensor`.
+HEADS = {
+    "clip": {"text_heads": 4, "vision_heads": 4},
+    "prior": {"heads": 4},
+    "ar_prior": {"heads": 4},
+    "decoder": {"unet": {"head_channels": 8}, "text_encoder": {"heads": 4}},
+    "upsampler": {},
+}
 STEPS = 20
 
 
-def train(workdir, stage, processes, devices, mesh):
+def train(workdir, stage, processes, devices, mesh, until=STEPS):
     """The losses of a run's first steps."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    changes = {"stage": stage, "mesh": mesh}
+    changes = {"stage": stage, "mesh": mesh, "steps": until}
     command = [sys.executable, __file__, str(workdir), json.dumps(changes)]
     environment = {
         **os.environ,
@@ -68,6 +79,14 @@ def expected(tmp_path_factory):
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_run_goes_on_on_another_mesh(tmp_path, expected, stage):
+    train(tmp_path, stage, 1, 8, {"data": 2, "fsdp": 2, "tensor": 2}, STEPS // 2)
+    found = train(tmp_path, stage, 1, 4, {"data": 1, "fsdp": 2, "tensor": 2})
+    np.testing.assert_allclose(found, expected(stage), rtol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("processes, devices, mesh", LAYOUTS)
 def test_the_same_losses(tmp_path, expected, stage, processes, devices, mesh):
     found = train(tmp_path, stage, processes, devices, mesh)
@@ -81,10 +100,10 @@ def main(workdir, changes, coordinator=None, processes=1, process=0):
     changes = json.loads(changes)
     config = importlib.import_module(f"configs.{changes['stage']}").get_config("tiny")
     config.update(changes)
+    config.net.update(HEADS[config.stage])
     config.base = "" if config.stage == "clip" else "bundled"
-    config.update(
-        batch_size=16, steps=STEPS, log_every=1, eval_every=0, preview_every=0
-    )
+    config.optim.schedule = "constant"  # wherever a run is to end
+    config.update(batch_size=16, log_every=1, eval_every=0, preview_every=0)
     # These networks have no array that is large.
     meshes.shardings = functools.partial(meshes.shardings, min_size=256)
     stage = stages.make(config)

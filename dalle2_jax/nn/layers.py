@@ -107,6 +107,32 @@ def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
     return jnp.einsum("...qk,...kd->...qd", weights, v)
 
 
+class Heads(nn.Module):
+    """A dense layer whose outputs are heads of several kinds, as queries and keys.
+
+    Its params are those of nn.Dense(kinds · heads · d). The kernel is cut into kinds
+    before the product: where the heads are split over devices, parts of it move and not
+    parts of the far larger outputs.
+    """
+
+    kinds: int
+    heads: int
+    d: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t c"]) -> list[Float[Array, "b t h d"]]:
+        shape = self.kinds, self.heads, self.d
+        flat = math.prod(shape)
+        init = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", init, (x.shape[-1], flat))
+        bias = self.param("bias", nn.initializers.zeros, (flat,))
+        kernel = kernel.astype(self.dtype).reshape(-1, *shape)
+        y = jnp.einsum("btc,cnhd->btnhd", x.astype(self.dtype), kernel)
+        y = y + bias.astype(self.dtype).reshape(shape)
+        return [y[:, :, i] for i in range(self.kinds)]
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation computed in float32, returned in the input's dtype."""
 
@@ -199,8 +225,8 @@ class Block(nn.Module):
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(features, dtype=self.dtype, name=name)
 
-        qkv = dense(3 * c, "qkv")(LayerNorm(name="ln_1")(x))
-        q, k, v = jnp.split(qkv.reshape(b, t, 3 * self.heads, -1), 3, axis=2)
+        project = Heads(3, self.heads, c // self.heads, self.dtype, name="qkv")
+        q, k, v = project(LayerNorm(name="ln_1")(x))
         if cache is not None:
             k, v = cache = cache.write(k, v, start)
         x = x + dense(c, "out")(attention(q, k, v, mask).reshape(b, t, c))

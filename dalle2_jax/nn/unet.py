@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Num
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.layers import (
     GroupNorm,
+    Heads,
     attention,
     downsample,
     from_patches,
@@ -86,10 +87,8 @@ class AttentionBlock(nn.Module):
         b, h, w, c = x.shape
         heads = c // self.head_channels
 
-        def project(y: Array, count: int, name: str) -> list[Array]:
-            y = nn.Dense(count * c, dtype=self.dtype, name=name)(y)
-            y = y.reshape(b, -1, count * heads, self.head_channels)
-            return jnp.split(y, count, axis=2)
+        def project(y: Array, kinds: int, name: str) -> list[Array]:
+            return Heads(kinds, heads, self.head_channels, self.dtype, name=name)(y)
 
         y = GroupNorm(self.groups, name="norm")(x).reshape(b, h * w, c)
         q, k, v = project(y, 3, "qkv")

@@ -88,7 +88,7 @@ def train(
     state = meshes.with_shardings(state, shardings)
     frozen = meshes.with_shardings(stage.frozen, meshes.shardings(stage.frozen, mesh))
     rows = config.accumulate, config.batch_size // config.accumulate
-    split = NamedSharding(mesh, P(None, meshes.AXES))
+    split = NamedSharding(mesh, P(None, meshes.BATCH))
     batch = {
         name: jax.ShapeDtypeStruct((*rows, *x.shape[1:]), x.dtype, sharding=split)
         for name, x in example.items()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from dalle2_jax.errors import UserError
 from dalle2_jax.planning import cost
 from dalle2_jax.planning.topology import Chip, Topology, devices
 
@@ -20,7 +21,7 @@ LOW_EFFORT = {
     "cpu": {"xla_backend_optimization_level": 0},
 }
 VERDICTS = {True: "it fits", False: "it does not fit", None: "it may fit"}
-WIDTHS = (1, 2, 4, 8, 16, 32)  # of fsdp, that --search tries
+WIDTHS = (1, 2, 4, 8, 16, 32)  # of fsdp, and of tensor, that --search tries
 
 
 class Plan(NamedTuple):
@@ -86,6 +87,9 @@ def plan(
     effort: str = "low",
 ) -> Plan:
     """Compiles a program and tells what it takes.
+
+    Its arithmetic is taken as evenly split; over `tensor` norms and a network's ends
+    are not, which only the compiler's own estimate of the time has in it.
 
     Args:
       config: of the stage.
@@ -206,19 +210,29 @@ def search(
     """Plans of training on several meshes, each with recomputation and without.
 
     Of the meshes that fit, only the two with the narrowest fsdp: those beyond send more
-    and gain nothing.
+    and gain nothing. `tensor` is the narrowest with which each device has a row of a
+    micro-batch; with the first fsdp that fits it is tried twice as wide, too.
     """
-    fitting = 0
+
+    def at(fsdp: int, tensor: int, recompute: bool) -> Plan:
+        config.mesh.update(dict(data=-1, fsdp=fsdp, tensor=tensor))
+        remat(config.net, recompute)
+        return plan(config, clip, topology, effort=effort)
+
+    count, rows = topology.count, config.batch_size // config.accumulate
+    narrowest = next((n for n in WIDTHS if rows * n % count == 0), 1)
+    fitting = []
     for fsdp in WIDTHS:
-        if topology.count % fsdp or fitting == 2:
+        if count % (fsdp * narrowest) or len(fitting) == 2:
             continue
-        config.mesh.update(dict(data=-1, fsdp=fsdp))
-        remat(config.net, True)
-        yield (first := plan(config, clip, topology, effort=effort))
+        yield (first := at(fsdp, narrowest, True))
         if first.fits:
-            fitting += 1
-            remat(config.net, False)
-            yield plan(config, clip, topology, effort=effort)
+            fitting.append(fsdp)
+            yield at(fsdp, narrowest, False)
+    wider = 2 * narrowest
+    if fitting and count % (fitting[0] * wider) == 0:
+        with contextlib.suppress(UserError):  # it may not divide the heads
+            yield at(fitting[0], wider, True)
 
 
 def best(plans: Sequence[Plan]) -> Plan | None:
@@ -274,7 +288,8 @@ def row(plan: Plan) -> str:
     """The plan in a line, for a search."""
     verdict = f"{plan.seconds:.3g} s a step" if plan.fits else VERDICTS[plan.fits]
     return (
-        f"mesh.fsdp={plan.mesh['fsdp']:<3} remat={'on' if plan.remat else 'off':<3} "
+        f"mesh.fsdp={plan.mesh['fsdp']:<3} mesh.tensor={plan.mesh['tensor']:<2} "
+        f"remat={'on' if plan.remat else 'off':<3} "
         f"{plan.needed / 2**30:7.2f} GiB  {verdict}"
     )
 

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from dalle2_jax import checkpoint
 from dalle2_jax.stages import ar_prior, clip, decoder, prior, upsampler
 from dalle2_jax.stages.finetune import hold_params, train_only
-from dalle2_jax.stages.stage import Load, Stage, dtype_of
+from dalle2_jax.stages.stage import Load, Stage, check_heads, dtype_of
 
 MAKE = {
     "clip": clip.make,
@@ -26,6 +26,7 @@ def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
       UserError: what the config asks for can't be.
     """
     dtype = dtype_of(config, "param_dtype")
+    check_heads(config.net.to_dict(), config.mesh.tensor)
     stage = MAKE[config.stage](config, load)
     if config.trainable:
         stage = train_only(stage, config.trainable)

@@ -1,5 +1,6 @@
 """The CLIP stage: pictures and captions into one space, by contrast."""
 
+import math
 from typing import Any
 
 import jax
@@ -79,7 +80,9 @@ def chunked_contrastive_loss(
       UserError: the rows don't divide by chunk.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    rows = len(tokens) // max(mesh.size, 1)  # 0 without one
+    # Over any other axis the rows are replicated.
+    axes = tuple(name for name in mesh.axis_names if name in ("data", "fsdp"))
+    rows = len(tokens) // math.prod(mesh.shape[name] for name in axes)
     if rows % chunk:
         raise UserError(
             f"loss_chunk={chunk} must divide the {rows} rows that each device has of "
@@ -90,8 +93,8 @@ def chunked_contrastive_loss(
         mine = tuple(
             z / jnp.linalg.norm(z, axis=-1, keepdims=True) for z in (z_image, z_text)
         )
-        *all_z, all_tokens = (_gather(x, mesh) for x in (*mine, tokens))
-        first = jax.lax.axis_index(mesh.axis_names) * rows if mesh.size > 1 else 0
+        *all_z, all_tokens = (_gather(x, axes) for x in (*mine, tokens))
+        first = jax.lax.axis_index(axes) * rows if axes else 0
 
         @jax.checkpoint
         def compare(z, tokens, rows, others):
@@ -117,8 +120,8 @@ def chunked_contrastive_loss(
         _, outputs = jax.lax.scan(step, None, chunks)
         return jax.tree.map(lambda x: x.reshape(-1), outputs)
 
-    if mesh.size > 1:
-        split, everywhere = P(mesh.axis_names), P()
+    if axes:
+        split, everywhere = P(axes), P()
         losses = jax.shard_map(
             losses,
             in_specs=(split, split, everywhere, split),
@@ -127,8 +130,8 @@ def chunked_contrastive_loss(
     return losses(z_image, z_text, temperature, tokens)
 
 
-def _gather(x: Array, mesh: Any) -> Array:
-    return jax.lax.all_gather(x, mesh.axis_names, tiled=True) if mesh.size > 1 else x
+def _gather(x: Array, axes: tuple[str, ...]) -> Array:
+    return jax.lax.all_gather(x, axes, tiled=True) if axes else x
 
 
 def _same_caption(tokens: Int[Array, "b l"]) -> Array:

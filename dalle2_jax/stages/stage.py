@@ -115,6 +115,7 @@ def load_base(config: ConfigDict, load: Load = checkpoint.load) -> Base:
             f"the CLIP of the model at {where} has no image tower: give a base that "
             "has both towers"
         )
+    check_heads(model.config["parts"]["clip"]["net"], config.mesh.tensor)
     text = tokenizer.load(model.tokenizer_dir)
     return Base(
         model=model,
@@ -154,6 +155,24 @@ def dtype_of(config: ConfigDict, key: str = "dtype") -> jnp.dtype:
     if config[key] not in ("float32", "bfloat16"):
         raise UserError(f"{key}={config[key]!r}: must be 'float32' or 'bfloat16'")
     return jnp.dtype(config[key])
+
+
+def check_heads(net: Mapping[str, Any], tensor: int) -> None:
+    """A UserError where heads of attention can't be split evenly over mesh.tensor."""
+    counts = {name: n for name, n in net.items() if name.endswith("heads") and n}
+    if net.get("attention_levels"):
+        for level in {*net["attention_levels"], len(net["multipliers"]) - 1}:
+            channels = net["channels"] * net["multipliers"][level]
+            counts[f"level {level}"] = channels // net["head_channels"]
+    for name, heads in counts.items():
+        if heads % tensor:
+            raise UserError(
+                f"mesh.tensor={tensor} must divide the heads of attention: {name} has "
+                f"{heads}"
+            )
+    for section in net.values():
+        if isinstance(section, Mapping):
+            check_heads(section, tensor)
 
 
 def make_batches(

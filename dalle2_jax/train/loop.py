@@ -300,11 +300,13 @@ def _alone(workdir: Path) -> Iterator[None]:
 
 def check_batch_size(config: Any, mesh: Mesh) -> None:
     """A UserError where a micro-batch can't be split evenly over the mesh."""
-    unit = max(config.accumulate, 1) * mesh.size
+    devices = mesh.size // mesh.shape["tensor"]
+    unit = max(config.accumulate, 1) * devices
     if config.accumulate < 1 or config.batch_size < 1 or config.batch_size % unit:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of {unit}, "
-            f"accumulate={config.accumulate} times {mesh.size} devices"
+            f"accumulate={config.accumulate} times {devices}, the devices that each "
+            "have rows of their own (mesh.data times mesh.fsdp)"
         )
 
 

@@ -1,10 +1,15 @@
-"""Where arrays live: one mesh over all devices, with the axes `data` and `fsdp`.
+"""Where arrays live: one mesh over all devices, axes `data`, `fsdp` and `tensor`.
 
-A batch is split over both axes. Params and the optimiser's state are replicated over
-`data`; over `fsdp` the large ones are split, and XLA gathers each where it is used.
-With fsdp=1 this is plain data parallelism, one program per device, as `pmap` has it.
+A batch is split over `data` and `fsdp`, and replicated over `tensor`. Params and the
+optimiser's state are replicated over `data`; over `fsdp` the large ones are split, and
+XLA gathers each where it is used. Over `tensor` the products themselves are split, as
+in Megatron (arXiv 1909.08053): a block's first kernel along its outputs and its last
+along its inputs, so that between them each device has a part of the heads or channels,
+and sums are exchanged once. With fsdp=1 and tensor=1 this is plain data parallelism,
+one program per device, as `pmap` has it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,35 +21,61 @@ from jax.sharding import PartitionSpec as P
 
 from dalle2_jax.errors import UserError
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # those over which a batch is split
+
+# The axis of a layer's kernel that is split over `tensor`: of those that open a block
+# that of its outputs, of those that close it that of its inputs. Of them only qkv and
+# context_kv are gathered, as they hold several matrices, each to be split by its heads.
+TENSOR_AXIS = {
+    **dict.fromkeys(("qkv", "context_kv", "mlp_in", "conv_1"), -1),
+    **dict.fromkeys(("out", "mlp_out", "conv_2"), -2),
+}
 
 
 def make(
-    data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """The mesh over all devices of all processes; -1 for what the other axis leaves.
+    """The mesh over all devices of all processes; -1 for what the other axes leave.
 
     Args:
-        data, fsdp: the number of devices along each axis.
+        data, fsdp, tensor: the number of devices along each axis.
         devices: others than all that there are.
 
     Raises:
-        UserError: the axes don't multiply to the number of devices.
+        UserError: the axes don't multiply to the number of devices, or `tensor` doesn't
+            divide the devices of a process.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp}
-    for name, other in (("data", "fsdp"), ("fsdp", "data")):
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name in AXES:
         if sizes[name] == -1:
-            sizes[name] = len(devices) // max(sizes[other], 1)
-    if min(sizes.values()) < 1 or sizes["data"] * sizes["fsdp"] != len(devices):
+            others = [max(n, 1) for other, n in sizes.items() if other != name]
+            sizes[name] = len(devices) // math.prod(others)
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         raise UserError(
-            f"mesh.data={data}, mesh.fsdp={fsdp} does not fit {len(devices)} devices: "
-            "their product must be the number of devices (-1 for the rest)"
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} does not fit "
+            f"{len(devices)} devices: their product must be the number of devices (-1 "
+            "for the rest)"
         )
-    # jax.make_mesh refuses an axis that is a part of one of a TPU's torus.
-    grid = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
-    )
+    shape = tuple(sizes.values())
+    if sizes["tensor"] == 1:
+        # jax.make_mesh refuses an axis that is a part of one of a TPU's torus.
+        grid = mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
+    else:
+        # Neighbours along `tensor` are of one process: each has rows of its own.
+        order = sorted(devices, key=lambda d: (d.process_index, d.id))
+        grid = np.array(order).reshape(shape)
+        local = len(devices) // len({d.process_index for d in devices})
+        if local % sizes["tensor"]:
+            raise UserError(
+                f"mesh.tensor={tensor} must divide {local}, the devices of a process"
+            )
     # Flax's layers don't work with the default, explicit axes.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -52,20 +83,37 @@ def make(
 def shardings(tree: Any, mesh: Mesh, min_size: int = 2**16) -> Any:
     """A NamedSharding for each array of a tree (of arrays or of their shapes).
 
-    An array of at least `min_size` elements is split over `fsdp` along its longest axis
-    that divides evenly; all others are replicated. The rule sees shapes only, so that a
-    param, its average and its moments lie alike.
+    An array of at least `min_size` elements is split over `tensor` if it is a kernel of
+    TENSOR_AXIS, and over `fsdp` along its longest other axis that divides evenly; all
+    others are replicated. The rule sees shapes and the last two names of a path, so
+    that a param, its average and its moments lie alike.
     """
-    fsdp = mesh.shape["fsdp"]
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
 
-    def place(x):
-        axes = [i for i, n in enumerate(x.shape) if n % fsdp == 0]
-        if fsdp == 1 or not axes or np.prod(x.shape) < min_size:
+    def place(path, x):
+        spec = [None] * np.ndim(x)
+        if np.prod(x.shape) < min_size:
             return NamedSharding(mesh, P())
-        longest = max(axes, key=lambda i: x.shape[i])
-        return NamedSharding(mesh, P(*[None] * longest, "fsdp"))
+        axis = tensor_axis(path, x)
+        if tensor > 1 and axis is not None and x.shape[axis] % tensor == 0:
+            spec[axis] = "tensor"
+        axes = [i for i, n in enumerate(x.shape) if not spec[i] and n % fsdp == 0]
+        if fsdp > 1 and axes:
+            spec[max(axes, key=lambda i: x.shape[i])] = "fsdp"
+        while spec and spec[-1] is None:
+            spec.pop()
+        return NamedSharding(mesh, P(*spec))
 
-    return jax.tree.map(place, tree)
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def tensor_axis(path: Sequence[Any], x: Any) -> int | None:
+    """Of a kernel the axis of TENSOR_AXIS; None of all else.
+
+    Adafactor's means over one axis have a kernel's path, but not as many axes.
+    """
+    layer, name = ([None] * 2 + [getattr(key, "key", None) for key in path])[-2:]
+    return TENSOR_AXIS.get(layer) if name == "kernel" and x.ndim in (2, 4) else None
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
@@ -98,9 +146,9 @@ def put_batch(
 
     def place(x):
         if accumulate is None:
-            spec = P(AXES)
+            spec = P(BATCH)
         else:
-            spec = P(None, AXES)
+            spec = P(None, BATCH)
             x = x.reshape(accumulate, -1, *x.shape[1:])
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x)
 
