@@ -52,7 +52,7 @@ SIZES = {
     "small": {
         "net": _SMALL_NET,
         "loop": dict(steps=6000, batch_size=64),
-        "optim": dict(warmup=200),
+        "optim": dict(name="muon", warmup=200),
         "tokenizer": dict(captions=10_000),
         "shapes": dict(contrast=8),
     },

@@ -4,6 +4,7 @@
         --config.base=runs/prior/model
 
 tiny        for tests: 16 px.
+quick       minutes of a laptop, for simple pictures: 16 px.
 small       a laptop: 32 px.
 small_inpaint  the same, which is also shown a part of the picture: it can inpaint.
 base        minutes on a GPU: 32 px, the bundled model.
@@ -89,6 +90,13 @@ SIZES = {
         "sampling": dict(steps=4, guidance=2.0),
         "drop_caption": 0.5,
     },
+    "quick": {
+        **_SMALL,
+        "size": 16,
+        "unet": {**_SMALL["unet"], "channels": 32, "head_channels": 32, "patch_size": 1},
+        "loop": dict(steps=3000, batch_size=32),
+        "sampling": dict(steps=25, guidance=2.0),
+    },
     "small": _SMALL,
     "small_inpaint": {**_SMALL, "unet": {**_SMALL["unet"], "in_channels": 7}},
     "base": {
@@ -159,7 +167,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.net = ConfigDict()
     config.net.unet = ConfigDict({"in_channels": 3, **values["unet"]})
     config.net.unet.scale_shift = True
-    config.net.unet.remat = size not in ("tiny", "small", "small_inpaint", "base")
+    config.net.unet.remat = size.startswith(("karlo", "paper"))
     config.net.context_width = values["context_width"]
     config.net.image_tokens = 4
     config.net.text_encoder = placeholder(ConfigDict)  # None: CLIP's text states

@@ -36,7 +36,7 @@ SIZES = {
     "small": {
         "net": dict(width=128, layers=4, heads=4),
         "loop": dict(steps=1200, batch_size=64),
-        "optim": dict(warmup=200),
+        "optim": dict(name="muon", warmup=200),
         "statistics_examples": 8192,
         "sampling": dict(steps=25, guidance=1.0),
     },

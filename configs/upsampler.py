@@ -4,6 +4,7 @@
         --config.base=runs/decoder/model
 
 tiny        for tests: 16 to 32 px.
+quick       minutes of a laptop: 16 to 64 px.
 small       a laptop: 32 to 128 px.
 paper_256   the 700M 64 to 256 px model of Table 3 of arXiv 2204.06125.
 paper_1024  the 300M 256 to 1024 px model.
@@ -43,6 +44,24 @@ _KARLO = {
     "sampling": dict(steps=7),
 }
 
+_SMALL = {
+    "low_size": 32,
+    "size": 128,
+    "crop_fraction": 0.25,
+    "net": dict(
+        channels=32,
+        multipliers=(1, 2),
+        blocks=1,
+        dropout=0.0,
+        groups=8,
+        patch_size=2,
+    ),
+    "loop": dict(steps=3000, batch_size=32),
+    "optim": dict(name="muon", warmup=200),
+    "diffusion": dict(predict="x0"),
+    "sampling": dict(steps=8),
+}
+
 SIZES = {
     "tiny": {
         "low_size": 16,
@@ -61,23 +80,14 @@ SIZES = {
         "diffusion": dict(predict="x0"),
         "sampling": dict(steps=3),
     },
-    "small": {
-        "low_size": 32,
-        "size": 128,
-        "crop_fraction": 0.25,
-        "net": dict(
-            channels=32,
-            multipliers=(1, 2),
-            blocks=1,
-            dropout=0.0,
-            groups=8,
-            patch_size=2,
-        ),
-        "loop": dict(steps=3000, batch_size=32),
-        "optim": dict(name="muon", warmup=200),
-        "diffusion": dict(predict="x0"),
-        "sampling": dict(steps=8),
+    "quick": {
+        **_SMALL,
+        "low_size": 16,
+        "size": 64,
+        "crop_fraction": 0.5,
+        "loop": dict(steps=300, batch_size=32),
     },
+    "small": _SMALL,
     "paper_256": {
         "low_size": 64,
         "size": 256,
@@ -123,7 +133,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.net.attention_levels = ()
     config.net.head_channels = 64
     config.net.scale_shift = False
-    config.net.remat = size not in ("tiny", "small")
+    config.net.remat = size.startswith(("karlo", "paper"))
     config.low_size = values["low_size"]  # side of the pictures it is given
     config.size = values["size"]  # and of those it makes
     config.data.crop_fraction = values["crop_fraction"]

@@ -41,6 +41,7 @@ PARAMETERS = {
     ("ar_prior", "small"): 850_112,
     ("ar_prior", "paper"): 805_849_600,
     ("decoder", "tiny"): 1_822_355,
+    ("decoder", "quick"): 1_009_507,
     ("decoder", "small"): 2_094_972,
     ("decoder", "small_inpaint"): 2_101_884,
     ("decoder", "base"): 4_946_316,
@@ -48,6 +49,7 @@ PARAMETERS = {
     ("decoder", "karlo"): 885_439_686 + 7_878_400,
     ("decoder", "karlo_lean"): 885_439_686 + 7_878_400,
     ("upsampler", "tiny"): 175_587,
+    ("upsampler", "quick"): 703_020,
     ("upsampler", "small"): 703_020,
     ("upsampler", "paper_256"): 691_579_523,
     ("upsampler", "paper_1024"): 267_146_691,
@@ -64,7 +66,9 @@ def module(stage):
 
 def clip_net(size):
     """The arguments of the CLIP that goes with a row of any stage."""
-    size = "vit_l_14" if size.startswith("karlo") else size.removesuffix("_inpaint")
+    rows = {"karlo": "vit_l_14", "karlo_lean": "vit_l_14"}
+    rows |= {"quick": "small", "small_inpaint": "small"}
+    size = rows.get(size, size)
     return stages.clip.network(module("clip").get_config(size), TOKENIZER)
 
 
@@ -249,12 +253,19 @@ def test_every_key_is_read():
         assert set(leaves(module(stage).get_config(size))) <= words
 
 
-@pytest.mark.parametrize("size", ["tiny", "small"])
-def test_the_quick_start_trains_every_stage_at_its_size(size):
+@pytest.mark.parametrize(
+    "size, rows",
+    [
+        ("tiny", ["tiny", "tiny", "tiny", "tiny"]),
+        ("quick", ["small", "small", "quick", "quick"]),
+        ("small", ["small", "small", "small", "small"]),
+    ],
+)
+def test_the_quick_start_trains_every_stage_at_its_size(size, rows):
     config = module("quickstart").get_config(size)
     assert list(config.stages) == QUICKSTART
-    for stage in QUICKSTART:
-        expected = module(stage).get_config(size)
+    for stage, row in zip(QUICKSTART, rows, strict=True):
+        expected = module(stage).get_config(row)
         expected.steps = config[stage].steps
         expected.optim.warmup = config[stage].optim.warmup
         assert config[stage].to_dict() == expected.to_dict()
@@ -267,9 +278,9 @@ def test_the_quick_start_trains_every_stage_at_its_size(size):
         ("clip", "tiny, small, base, paper, vit_l_14"),
         ("prior", "tiny, small, base, paper, karlo, karlo_lean"),
         ("ar_prior", "tiny, small, paper"),
-        ("decoder", "tiny, small, small_inpaint, base, paper, karlo, karlo_lean"),
-        ("upsampler", "tiny, small, paper_256, paper_1024, karlo, karlo_lean"),
-        ("quickstart", "tiny, small"),
+        ("decoder", "tiny, quick, small, small_inpaint, base, paper, karlo, karlo_lean"),
+        ("upsampler", "tiny, quick, small, paper_256, paper_1024, karlo, karlo_lean"),
+        ("quickstart", "tiny, quick, small"),
     ],
 )
 def test_an_unknown_size_names_the_sizes(stage, sizes):

@@ -92,11 +92,12 @@ def contrasting(scene: Scene, rng: np.random.Generator, count: int) -> list[Scen
     """`count` variants of a scene, alike but for one attribute, which chance chooses.
 
     The attribute's values are all different for as long as they last, so that only who
-    sees that attribute can tell which caption is whose.
+    sees that attribute can tell which caption is whose. What CLIP is slow to see is
+    chosen more often: shape and relation.
     """
-    attributes = ["shape", "colour", "size", "background"]
+    attributes = [*3 * ["shape"], "colour", "size", "background"]
     if scene.relation is not None:
-        attributes.append("relation")
+        attributes += 4 * ["relation"]
     attribute = _pick(rng, attributes)
     which = int(rng.integers(len(scene.things)))
     thing = scene.things[which]

@@ -77,8 +77,10 @@ class VisionTower(nn.Module):
             name="patch_embedding",
         )(x).reshape(b, -1, width)
         token = self.param("class_embedding", _embedding, (width,))
+        # Beside a stem's outputs, which are of size 1, small ones would take long to tell.
+        std = 0.5 if self.stem else 0.02
         positions = self.param(
-            "position_embedding", _embedding, (x.shape[1] + 1, width)
+            "position_embedding", nn.initializers.normal(std), (x.shape[1] + 1, width)
         )
         token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, width))
         x = jnp.concatenate([token, x], axis=1) + positions.astype(x.dtype)
