@@ -138,7 +138,7 @@ def abstract_arguments(
 ) -> tuple[Any, Any, Any]:
     """The state, what is frozen and a batch, as shapes with where each array lies."""
     frozen = meshes.with_shardings(stage.frozen, meshes.shardings(stage.frozen, mesh))
-    split = NamedSharding(mesh, PartitionSpec(None, meshes.AXES))
+    split = NamedSharding(mesh, PartitionSpec(None, meshes.BATCH))
     rows = {
         name: jax.ShapeDtypeStruct(
             (accumulate, len(x) // accumulate, *x.shape[1:]), x.dtype, sharding=split
