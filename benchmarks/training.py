@@ -140,9 +140,9 @@ class Measured(NamedTuple):
 
 def our_config(pair: Pair, gpu: bool) -> tuple[ConfigDict, dict[str, Any]]:
     """The config of ours, and the arguments of the CLIP below it."""
-    config = get_config(pair.stage)
+    config = get_config(pair.stage, "karlo")
     net = config.net.unet if pair.stage == "decoder" else config.net
-    net.update(pair.ours)
+    net.update(pair.ours, remat=False)  # as the peer's
     if pair.stage == "decoder":
         net.update(
             out_channels=6,
@@ -151,11 +151,9 @@ def our_config(pair: Pair, gpu: bool) -> tuple[ConfigDict, dict[str, Any]]:
             dropout=0.0,
             groups=32,
             patch_size=1,
-            remat=False,
         )
         config.net.context_width = pair.theirs["cond_dim"]
         config.size = pair.size
-    config.diffusion = get_config(pair.stage, "karlo").diffusion
     config.batch_size = pair.batch_size
     config.dtype = "bfloat16" if gpu else "float32"
     config.ema_decay = 0.9999
