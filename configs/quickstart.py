@@ -23,7 +23,7 @@ SIZES = {
     "quick": {
         "clip": ("small", 600),
         "prior": ("small", 300),
-        "decoder": ("quick", 3000),
+        "decoder": ("quick", 2800),
         "upsampler": ("quick", 200),
     },
     "small": {

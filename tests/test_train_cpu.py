@@ -14,10 +14,10 @@ from dalle2_jax.train import cpu
     "rows, cores, devices",
     [
         (64, 2, 2),
-        (64, 6, 4),  # as many as divide the batch
-        (64, 100, 8),  # with eight rows each
-        (15, 2, 1),
-        (17, 2, 1),
+        (256, 6, 4),  # as many as divide the batch
+        (256, 100, 8),  # with 32 rows each
+        (63, 2, 1),
+        (65, 2, 1),
         (0, 2, 1),
         (-64, 2, 1),
     ],

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import abstract
+from dalle2_jax.nn.layers import attention
 from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.train import measure, mesh
 
@@ -138,3 +139,25 @@ def test_a_profile_is_written(tmp_path, last, monkeypatch):
         for step in range(1, last + 1):
             profile(step, [])
     assert calls == [tmp_path / "profile", min(last, 4)]
+
+
+def test_operations_of_cudnn_attention(monkeypatch):
+    """What its kernels compute: the same, and q kᵀ again in the backward pass."""
+    # b, positions, heads, channels; even, as odd ones are made.
+    q, k = (jax.ShapeDtypeStruct((2, n, 3, 8), jnp.bfloat16) for n in (6, 10))
+
+    def total(q, k, v):
+        return attention(q, k, v).astype(jnp.float32).sum()
+
+    def count():
+        gradient = jax.grad(total, argnums=(0, 1, 2))
+        return measure.count_flops(jax.make_jaxpr(gradient)(q, k, k))
+
+    product = 2 * 2 * 3 * 6 * 10 * 8
+    assert count() == 6 * product
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo."
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn + "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn + "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(cudnn + "is_cuda_compute_capability_equal", lambda _: False)
+    assert count() == 7 * product

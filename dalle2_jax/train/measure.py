@@ -65,7 +65,8 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
 
     A multiplication and an addition are two. The body of a `scan` counts as often as it
     runs, that of a `shard_map` for each device, of a `cond` the longest branch, and the
-    body of a `while` once. What is recomputed in a backward pass counts again.
+    body of a `while` once. What is recomputed in a backward pass counts again, also by
+    cuDNN's attention.
     """
     total = 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -83,6 +84,11 @@ def count_flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
             size = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
             size /= math.prod(params["lhs_dilation"])
             total += round(2 * size * equation.outvars[0].aval.size)
+        elif name.startswith("dot_product_attention_"):  # cuDNN's
+            q, k = (x.aval.shape for x in equation.invars[:2])  # [b, positions, h, d]
+            # q kᵀ and its product with v; back, q kᵀ again and four gradients.
+            products = 5 if "bwd" in name else 2
+            total += products * 2 * math.prod(q) * k[1]
         elif name == "cond":
             total += max(map(count_flops, params["branches"]))
         else:
