@@ -1,4 +1,4 @@
-"""Training on a CPU: a device for each core."""
+"""Training on a CPU: a device for each core that has enough to do."""
 
 import ctypes
 import os
@@ -16,11 +16,11 @@ LEAST_ROWS = 32  # of a batch for a core to be worth a device of its own
 
 
 def use_cores(rows: int) -> None:
-    """Makes a device of each CPU core; to be called before JAX is first used.
+    """Makes a device of each CPU core, or of some; to be called before JAX is first used.
 
-    XLA runs a small network's step on little more than one core for each device. Where
-    there are GPUs or TPUs, they are used all the same. A number that
-    JAX_NUM_CPU_DEVICES or XLA_FLAGS gives is kept.
+    XLA runs a small network's step on little more than one core for each device, but a
+    step of few rows loses more by being shared. Where there are GPUs or TPUs, they are
+    used all the same. A number that JAX_NUM_CPU_DEVICES or XLA_FLAGS gives is kept.
 
     Args:
         rows: of a batch, which the devices share.
