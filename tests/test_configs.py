@@ -278,7 +278,10 @@ def test_the_quick_start_trains_every_stage_at_its_size(size, rows):
         ("clip", "tiny, small, base, paper, vit_l_14"),
         ("prior", "tiny, small, base, paper, karlo, karlo_lean"),
         ("ar_prior", "tiny, small, paper"),
-        ("decoder", "tiny, quick, small, small_inpaint, base, paper, karlo, karlo_lean"),
+        (
+            "decoder",
+            "tiny, quick, small, small_inpaint, base, paper, karlo, karlo_lean",
+        ),
         ("upsampler", "tiny, quick, small, paper_256, paper_1024, karlo, karlo_lean"),
         ("quickstart", "tiny, quick, small"),
     ],
