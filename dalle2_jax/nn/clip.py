@@ -77,7 +77,7 @@ class VisionTower(nn.Module):
             name="patch_embedding",
         )(x).reshape(b, -1, width)
         token = self.param("class_embedding", _embedding, (width,))
-        # Beside a stem's outputs, which are of size 1, small ones would take long to tell.
+        # A stem's outputs are of size 1, beside which small positions hardly count.
         std = 0.5 if self.stem else 0.02
         positions = self.param(
             "position_embedding", nn.initializers.normal(std), (x.shape[1] + 1, width)

@@ -16,7 +16,7 @@ LEAST_ROWS = 32  # of a batch for a core to be worth a device of its own
 
 
 def use_cores(rows: int) -> None:
-    """Makes a device of each CPU core, or of some; to be called before JAX is first used.
+    """Makes a device of each CPU core, or of some; to be called before JAX is used.
 
     XLA runs a small network's step on little more than one core for each device, but a
     step of few rows loses more by being shared. Where there are GPUs or TPUs, they are
