@@ -89,6 +89,20 @@ def test_read_turns_upright():
     assert image.read(picture).size == (8, 4)
 
 
+def test_read_keeps_the_picture_when_the_file_is_gone(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    picture = Image.fromarray(np.arange(32, dtype=np.uint8).reshape(4, 8)).convert(
+        "RGB"
+    )
+    for name in ("a.png", "a.tiff"):
+        picture.save(tmp_path / name, exif=exif)
+        read = image.read(tmp_path / name)
+        (tmp_path / name).unlink()
+        expected = np.asarray(picture)[::-1, ::-1]
+        np.testing.assert_array_equal(np.asarray(read), expected)
+
+
 def test_read_may_decode_jpegs_smaller():
     data = encode(Image.new("RGB", (640, 320)), "JPEG")
     assert image.read(data).size == (640, 320)
@@ -137,6 +151,15 @@ def test_crop_center_takes_the_middle():
     picture = Image.fromarray(np.arange(10, dtype=np.uint8)[None].repeat(4, 0))
     square = np.asarray(image.crop_square(picture))
     np.testing.assert_array_equal(square[0], [3, 4, 5, 6])
+
+
+def test_crop_of_a_square_is_all_of_it():
+    picture = Image.new("RGB", (4, 4))
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    for crop in image.CROPS:
+        assert image.crop_square(picture, crop, rng) is picture
+    assert rng.bit_generator.state == before
 
 
 def test_crop_random_takes_any_square():

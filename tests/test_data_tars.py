@@ -116,6 +116,18 @@ def test_of_a_remote_tar_only_the_headers_are_read_and_only_once(bucket):
     assert "picture 100" in every(source) and "picture 0" not in every(source)
 
 
+def test_a_remote_example_is_one_request_unless_its_members_lie_apart(bucket):
+    between = {"1.png": png(1), "1.json": " " * 2**15, "1.txt": "picture 1"}
+    apart = {"2.txt": "picture 2", "2.bin": bytes(2**16), "2.png": png(2)}
+    store(bucket, {**captioned("0"), **between, **apart}, "one")
+    source = open_source("webdataset", "bucket://a/0.tar", **ALL)
+    for i, requests in enumerate((1, 1, 2)):
+        bucket.fetched.clear()
+        example = source[i]
+        assert (example["image"], example["caption"]) == (png(i), f"picture {i}")
+        assert len(bucket.fetched) == requests
+
+
 def test_a_remote_tar_cut_short_is_not_remembered(bucket, caplog):
     store(bucket, captioned("01"), "one")
     data, _ = bucket.files["a/0.tar"]

@@ -123,9 +123,8 @@ def batches(
             if attempt:  # any other example will do, if it is always the same
                 chance = np.random.default_rng((seed, position, attempt))
                 index = int(chance.integers(len(source)))
-            rng = np.random.default_rng((seed, position))
             try:
-                return prepare(source[index], rng), skipped
+                return prepare(source[index], position), skipped
             except BadExample as bad:
                 skipped.append(bad)
         raise UserError(
@@ -133,9 +132,14 @@ def batches(
             f"{skipped[-1]}"
         )
 
-    def prepare(example: dict, rng: np.random.Generator) -> dict:
+    chance_matters = crop == "random" or crop_fraction < 1 or flip or bool(degrade)
+
+    def prepare(example: dict, position: int) -> dict:
         choices = as_list(example["caption"])
-        choice = rng.integers(len(choices))
+        rng, choice = None, 0
+        if chance_matters or len(choices) > 1:  # a generator takes a while to make
+            rng = np.random.default_rng((seed, position))
+            choice = rng.integers(len(choices))
         row = {"caption": choices[choice]}
         if embeddings:
             row["z_image"] = np.asarray(example["z_image"], np.float32)

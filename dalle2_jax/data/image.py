@@ -119,7 +119,8 @@ def _open(source, at_least: int | None) -> Image.Image:
     ) as file:
         if at_least is not None:
             file.draft(None, (at_least, at_least))
-        return ImageOps.exif_transpose(file)  # loads it, and always copies
+        ImageOps.exif_transpose(file, in_place=True)  # loads it
+        return file
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -130,7 +131,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 # Cropping and resizing: of files, on the host
@@ -139,8 +140,13 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 def crop_square(
     picture: Image.Image, crop: str = "center", rng: np.random.Generator | None = None
 ) -> Image.Image:
-    """The largest square of a picture: from its middle, or ("random") from anywhere."""
+    """The largest square of a picture: from its middle, or ("random") from anywhere.
+
+    Of a square it is the picture itself, and not a copy.
+    """
     side = min(picture.size)
+    if picture.size == (side, side):
+        return picture
     if crop == "random":
         x, y = (int(rng.integers(length - side + 1)) for length in picture.size)
     else:
