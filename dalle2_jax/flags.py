@@ -1,8 +1,11 @@
 """Runs a script so that its user's mistakes end in one line and exit code 2."""
 
+import contextlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from logging import CRITICAL, getLogger
 
 from absl import app, flags, logging
@@ -61,3 +64,20 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
     # An error in a config file arrives as the text of its traceback.
     found = re.search(r"^[\w.]*UserError: (.*)", text, re.MULTILINE)
     return found[1] if found else first_line(error)
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Says on stderr what is going on, and every minute that it still is."""
+    done, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(60):
+            print(f"... {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    print(what, file=sys.stderr, flush=True)
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()

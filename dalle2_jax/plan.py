@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.flags import run
+from dalle2_jax.flags import run, told
 from dalle2_jax.planning import estimate
 from dalle2_jax.planning.topology import parse
 
@@ -106,9 +106,7 @@ def main() -> None:
         )
     if SEARCH.value:
         plans = []
-        with estimate.told(
-            f"planning {config.stage} for {where}, minutes for each line"
-        ):
+        with told(f"planning {config.stage} for {where}, minutes for each line"):
             for found in estimate.search(config, clip, topology, EFFORT.value):
                 plans.append(found)
                 print(estimate.row(found), flush=True)
@@ -123,7 +121,7 @@ def main() -> None:
     pictures = (PICTURES.value or topology.count) if SAMPLE.value else None
     compiling = f"compiling {config.stage} for {where}: minutes, gigabytes of memory"
     planning = f"planning {config.stage} for {where}"
-    with estimate.told(planning if EFFORT.value == "none" else compiling):
+    with told(planning if EFFORT.value == "none" else compiling):
         found = estimate.plan(
             config, clip, topology, pictures=pictures, effort=EFFORT.value
         )

@@ -60,7 +60,7 @@ def test_all_mistakes_are_found_at_once():
 @pytest.mark.parametrize(
     ("values", "check_", "found"),
     [
-        ({"mesh.fsdp": 3}, "mesh", "mesh.fsdp=3 does not fit 8 devices"),
+        ({"mesh.fsdp": 3}, "mesh", "mesh.fsdp=3, mesh.tensor=1 does not fit 8 devices"),
         ({"base": "/nowhere"}, "stage", "/nowhere is not a model"),
         ({"data.source": "folder"}, "data", 'data "folder" needs a path'),
         ({"sampling.sampler": "euler"}, "stage", "euler"),  # not before a preview

@@ -15,6 +15,7 @@ from tests.tiny import make_stage
 def read(model, batches, count=8):
     """z_image and z_text of the first batches, CLIP's own way."""
     keys = {"base": str(model), "init_from": "", "dtype": "float32"}
+    keys["mesh"] = {"tensor": 1}
     base = shared.load_base(ConfigDict(keys))
     found = [next(batches) for _ in range(count)]
     pictures = jnp.float32(np.concatenate([b["clip_image"] for b in found]) / 127.5 - 1)

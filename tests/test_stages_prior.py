@@ -16,7 +16,12 @@ def test_statistics_are_those_of_the_embeddings(tiny_models):
     batches = stage.batches("train", 0)
     base = shared.load_base(
         ConfigDict(
-            {"base": str(tiny_models["clip"]), "init_from": "", "dtype": "float32"}
+            {
+                "base": str(tiny_models["clip"]),
+                "init_from": "",
+                "dtype": "float32",
+                "mesh": {"tensor": 1},
+            }
         )
     )
     pictures = np.concatenate([next(batches)["clip_image"] for _ in range(8)])

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 LEVELS = ("ok", "warning", "problem")
+PARTS = ("memory", "data", "overfit", "speed")  # of the checks, that can be skipped
 
 
 class Finding(NamedTuple):

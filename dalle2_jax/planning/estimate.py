@@ -3,8 +3,6 @@
 import contextlib
 import math
 import re
-import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -292,20 +290,3 @@ def row(plan: Plan) -> str:
         f"remat={'on' if plan.remat else 'off':<3} "
         f"{plan.needed / 2**30:7.2f} GiB  {verdict}"
     )
-
-
-@contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """Says on stderr what is going on, and every minute that it still is."""
-    done, start = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        while not done.wait(60):
-            print(f"... {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-
-    print(what, file=sys.stderr, flush=True)
-    threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
