@@ -75,7 +75,10 @@ def test_timesteps_with_a_normal_logit():
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_falls_on_one_batch(name, tiny_models):
     """A few steps of Adam on one batch and one draw of the noise."""
-    stage = make_stage(name, None if name == "clip" else tiny_models["clip"])
+    if name == "clip":  # whose pictures differ in all, and not in one attribute
+        stage = make_stage(name, **{"data.shapes.contrast": 1})
+    else:
+        stage = make_stage(name, tiny_models["clip"])
     params = jax.jit(stage.init)(jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, next(stage.batches("train", 0)))
     if stage.compares:  # takes all micro-batches of a step, here one
@@ -91,7 +94,7 @@ def test_loss_falls_on_one_batch(name, tiny_models):
         return loss[0], optax.apply_updates(params, updates), state
 
     first, params, state = update(params, optimizer.init(params))
-    for _ in range(20):
+    for _ in range(10):
         last, params, state = update(params, state)
     assert last < 0.9 * first
 
