@@ -99,7 +99,7 @@ SIZES = {
             "head_channels": 32,
             "patch_size": 1,
         },
-        "loop": dict(steps=2800, batch_size=32),
+        "loop": dict(steps=2400, batch_size=32, eval_every=1200, preview_every=1200),
         "diffusion": {**_DIFFUSION, "logit_normal": (0.2, 1.0)},
         "sampling": dict(steps=25, guidance=2.0),
     },

@@ -22,9 +22,9 @@ SIZES = {
     "tiny": {name: ("tiny", 8) for name in STAGES},
     "quick": {
         "clip": ("small", 600),
-        "prior": ("small", 300),
-        "decoder": ("quick", 2800),
-        "upsampler": ("quick", 200),
+        "prior": ("small", 250),
+        "decoder": ("quick", 2400),
+        "upsampler": ("quick", 150),
     },
     "small": {
         "clip": ("small", 1500),
