@@ -9,7 +9,6 @@ a minute for each line.
 """
 
 import argparse
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -43,10 +42,7 @@ def program(row: str, mesh: jax.sharding.Mesh) -> blueprint.Program:
 def local(tree: Any, mesh: jax.sharding.Mesh) -> int:
     """Bytes of a device."""
     placed = meshes.with_shardings(tree, meshes.shardings(tree, mesh))
-    return sum(
-        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
-        for x in jax.tree.leaves(placed)
-    )
+    return meshes.local_bytes(placed)
 
 
 def state(row: str) -> Iterator[list[str]]:

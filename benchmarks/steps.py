@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs
 
-from dalle2_jax import stages, xla
+from dalle2_jax import stages
 from dalle2_jax.nn.clip import CLIP
 from dalle2_jax.planning import blueprint
 from dalle2_jax.stages import Stage
@@ -62,14 +62,14 @@ class Step:
 
 def compile_step(config: ConfigDict, clip: Mapping[str, Any]) -> Step:
     """The step of a config, upon a CLIP of these arguments."""
-    stage = make_stage(config, clip)
+    stage = make_stage(config, clip)._replace(start=None)  # which is hollow
     mesh = meshes.make(**config.mesh)
     jax.set_mesh(mesh)
-    init_key, clip_key, step_key = jax.random.split(jax.random.key(config.seed), 3)
-    optimizer = optim.make(config.steps, **config.optim)
-
-    def init(key):
-        return update.first_state(stage.init(key), optimizer)
+    step = update.make_step(
+        stage, config, mesh, optim.make(config.steps, **config.optim)
+    )
+    batch = make_batch(config, clip)
+    arguments = update.abstract_arguments(step, stage, config, mesh, batch)
 
     def freeze(key):
         network = CLIP(**clip)
@@ -80,25 +80,17 @@ def compile_step(config: ConfigDict, clip: Mapping[str, Any]) -> Step:
         }
         return {name: frozen[name] for name in stage.frozen}
 
-    def place(function, key):
-        shapes = jax.eval_shape(function, key)
-        shardings = meshes.shardings(shapes, mesh)
-        start = jax.jit(function, out_shardings=shardings)
-        return shardings, meshes.with_shardings(shapes, shardings), lambda: start(key)
+    def begin():
+        shardings = jax.tree.map(lambda x: x.sharding, arguments[1])
+        frozen = jax.jit(freeze, out_shardings=shardings)(jax.random.key(1))
+        return step.begin(), frozen, meshes.put_batch(batch, mesh, config.accumulate)
 
-    shardings, state, start_state = place(init, init_key)
-    _, frozen, start_frozen = place(freeze, clip_key)
-    batch = meshes.put_batch(make_batch(config, clip), mesh, config.accumulate)
-    step = update.make_update(
-        stage.loss, optimizer, step_key, config.ema_decay, stage.compares
-    )
-    jitted = update.jit_update(step, shardings, xla.compiler_options())
-    arguments = state, frozen, batch, np.int32(0)
+    arguments = *arguments, np.int32(0)
     return Step(
-        program=jitted.lower(*arguments).compile(),
-        parameters=sum(x.size for x in jax.tree.leaves(state.params)),
+        program=step.update.lower(*arguments).compile(),
+        parameters=sum(x.size for x in jax.tree.leaves(step.abstract.params)),
         flops=count_flops(config, clip, arguments),
-        begin=lambda: (start_state(), start_frozen(), batch),
+        begin=begin,
     )
 
 
@@ -136,7 +128,7 @@ def count_flops(
     stage = make_stage(config, clip)
     optimizer = optim.make(config.steps, **config.optim)
     step = update.make_update(stage.loss, optimizer, jax.random.key(0), 0.0)
-    # cuDNN's attention is a kernel, whose products can't be seen.
+    # cuDNN's attention computes a product twice.
     with mock.patch.object(jax, "default_backend", lambda: "cpu"):
         return measure.count_flops(jax.jit(step).trace(*arguments).jaxpr)
 

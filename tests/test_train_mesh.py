@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import clip as configs_clip
@@ -241,3 +242,9 @@ def test_an_axis_may_be_a_part_of_a_torus_axis(name, fsdp):
     made = mesh.make(fsdp=fsdp, devices=devices)
     assert made.devices.shape == (64 // fsdp, fsdp, 1)
     assert {d.id for d in made.devices.flat} == {d.id for d in devices}
+
+
+def test_bytes_are_those_of_one_device():
+    place = NamedSharding(mesh.make(fsdp=4), P("fsdp"))
+    x = jax.device_put(np.zeros((8, 3), np.float32), place)
+    assert mesh.local_bytes({"x": x}) == 8 * 3 * 4 // 4

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint, stages
@@ -85,7 +85,7 @@ def check(config: ConfigDict, load: stages.Load) -> tuple[list[Finding], Setup]:
 
     def trace(batch: dict[str, np.ndarray], heldout: dict[str, np.ndarray]) -> Any:
         step = update.make_step(stage, config, mesh, optimizer)
-        arguments = abstract_arguments(stage, step, mesh, batch, config.accumulate)
+        arguments = update.abstract_arguments(step, stage, config, mesh, batch)
         seen = step.abstract.ema, stage.frozen, heldout, jax.random.key(0)
         jax.eval_shape(stage.metrics, *seen)
         if config.preview_every:
@@ -127,25 +127,6 @@ def first_batch(stage: stages.Stage, split: str) -> dict[str, np.ndarray]:
         return next(batches)
     finally:
         batches.close()
-
-
-def abstract_arguments(
-    stage: stages.Stage,
-    step: update.Step,
-    mesh: Mesh,
-    batch: dict[str, np.ndarray],
-    accumulate: int,
-) -> tuple[Any, Any, Any]:
-    """The state, what is frozen and a batch, as shapes with where each array lies."""
-    frozen = meshes.with_shardings(stage.frozen, meshes.shardings(stage.frozen, mesh))
-    split = NamedSharding(mesh, PartitionSpec(None, meshes.BATCH))
-    rows = {
-        name: jax.ShapeDtypeStruct(
-            (accumulate, len(x) // accumulate, *x.shape[1:]), x.dtype, sharding=split
-        )
-        for name, x in batch.items()
-    }
-    return step.abstract, frozen, rows
 
 
 def _failed(check: str, findings: list[Finding]) -> bool:

@@ -71,9 +71,9 @@ def check(
     if not source.endless:
         findings.append(judge_duplicates(rows, z_image))
     texts = [caption for row in rows for caption in row["captions"]]
-    text = None if stage is None else stage.export({})["tokenizer"]
-    if config.stage != "upsampler" and text is not None:
-        net = stage.export({})["config"]["parts"]["clip"]["net"]
+    model = {} if stage is None else stage.export({})
+    if config.stage != "upsampler" and model.get("tokenizer"):
+        text, net = model["tokenizer"], model["config"]["parts"]["clip"]["net"]
         findings += captions.judge(
             texts,
             captions.count_tokens(text, texts),

@@ -103,8 +103,6 @@ def learn(
 
 def time(config: ConfigDict, setup: Any, compiled: Any, frozen: Any) -> list[Finding]:
     """Measures the data alone, then the compiled step alone."""
-    from dalle2_jax.train import mesh as meshes
-
     ahead = max(config.data.threads, 1) * max(config.data.workers, 1)
     with contextlib.closing(setup.stage.batches("train", 0)) as batches:
         times = speed.arrivals(batches, speed.SECONDS, ahead)

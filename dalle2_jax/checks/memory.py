@@ -1,6 +1,5 @@
 """Whether a training step fits into the memory of the devices that are here."""
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import jax
 
 from dalle2_jax.checks.finding import Finding, ok, size
 from dalle2_jax.errors import first_line
+from dalle2_jax.train import mesh as meshes
 
 FULL = 0.9  # of the memory: metrics, previews and batches in flight need some, too
 
@@ -41,20 +41,12 @@ def measure(compiled: Any, state: Any, frozen: Any, batch: Any) -> Memory:
     analysis = compiled.memory_analysis()
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Memory(
-        params=count_bytes(state.params),
-        ema=count_bytes(state.ema),
-        optimiser=count_bytes(state.opt_state),
-        frozen=count_bytes(frozen),
-        batch=count_bytes(batch),
+        params=meshes.local_bytes(state.params),
+        ema=meshes.local_bytes(state.ema),
+        optimiser=meshes.local_bytes(state.opt_state),
+        frozen=meshes.local_bytes(frozen),
+        batch=meshes.local_bytes(batch),
         temporary=analysis.temp_size_in_bytes + outputs,
-    )
-
-
-def count_bytes(tree: Any) -> int:
-    """Bytes that the arrays of a tree take of one device."""
-    return sum(
-        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
-        for x in jax.tree.leaves(tree)
     )
 
 

@@ -29,7 +29,6 @@ from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.nn.unet import UNet
 from dalle2_jax.pipeline import loops, models
 from dalle2_jax.train import loop, optim, update
-from dalle2_jax.train import mesh as meshes
 
 
 class Program(NamedTuple):
@@ -79,29 +78,14 @@ def train(
         stage = stages.make(small, lambda path: export)
         example = next(stage.batches("train", 0))
     optimizer = optim.make(config.steps, **config.optim)
-    state = jax.eval_shape(lambda p: update.first_state(p, optimizer), stage.start)
-    _, key, _ = jax.random.split(jax.random.key(config.seed), 3)
-    step = update.make_update(
-        stage.loss, optimizer, key, config.ema_decay, stage.compares
-    )
-    shardings = meshes.shardings(state, mesh)
-    state = meshes.with_shardings(state, shardings)
-    frozen = meshes.with_shardings(stage.frozen, meshes.shardings(stage.frozen, mesh))
-    rows = config.accumulate, config.batch_size // config.accumulate
-    split = NamedSharding(mesh, P(None, meshes.BATCH))
-    batch = {
-        name: jax.ShapeDtypeStruct((*rows, *x.shape[1:]), x.dtype, sharding=split)
-        for name, x in example.items()
-    }
-    arguments = state, frozen, batch
+    step = update.make_step(stage, config, mesh, optimizer, options)
+    arguments = update.abstract_arguments(step, stage, config, mesh, example)
     with jax.set_mesh(mesh):
-        traced = update.jit_update(step, shardings, options).trace(
-            *arguments, np.int32(0)
-        )
+        traced = step.update.trace(*arguments, np.int32(0))
     return Program(
         name=stage.name,
         traced=traced,
-        params=state.params,
+        params=step.abstract.params,
         arguments=arguments,
         examples=config.batch_size,
         repeats=config.accumulate,

@@ -114,10 +114,7 @@ def plan(
     else:
         program = blueprint.sample(config, clip, mesh, own, pictures)
     flops = measure.count_flops(program.traced.jaxpr)
-    arguments = sum(
-        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
-        for x in jax.tree.leaves(program.arguments)
-    )
+    arguments = meshes.local_bytes(program.arguments)
     compiled, needed, limit = None, arguments, chip.hbm
     if needed <= limit and effort != "none":
         try:

@@ -125,6 +125,14 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
     )
 
 
+def local_bytes(tree: Any) -> int:
+    """Bytes of one device that arrays take, or shapes with where each shall lie."""
+    return sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+        for x in jax.tree.leaves(tree)
+    )
+
+
 def put(tree: Any, mesh: Mesh) -> Any:
     """Places arrays that every process has in full by the rule of `shardings`."""
 

@@ -1,6 +1,6 @@
 """What a training step computes, and the state that it changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +42,11 @@ class Step(NamedTuple):
 
 
 def make_step(
-    stage: Any, config: Any, mesh: Mesh, optimizer: optax.GradientTransformation
+    stage: Any,
+    config: Any,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    options: dict[str, Any] | None = None,
 ) -> Step:
     """The step that `train.loop` runs; nothing is compiled or on the devices yet.
 
@@ -51,7 +55,10 @@ def make_step(
         config: its ConfigDict, of which seed and ema_decay are read.
         mesh: to be set where the step is used, as `jax.set_mesh` does.
         optimizer: of `optim.make`.
+        options: XLA's; None for those of the devices that are here.
     """
+    if options is None:
+        options = xla.compiler_options()
     init_key, step_key, _ = split_seed(config.seed)
 
     def begin(params):
@@ -73,10 +80,29 @@ def make_step(
         stage.loss, optimizer, step_key, config.ema_decay, stage.compares
     )
     return Step(
-        update=jit_update(update, shardings, xla.compiler_options()),
+        update=jit_update(update, shardings, options),
         abstract=meshes.with_shardings(abstract, shardings),
         begin=start,
     )
+
+
+def abstract_arguments(
+    step: Step, stage: Any, config: Any, mesh: Mesh, example: Mapping[str, Any]
+) -> tuple[Any, Any, Any]:
+    """The step's state, what is frozen and a batch, as shapes with where each lies.
+
+    Args:
+        step: of `make_step` with the same stage, config and mesh.
+        example: a batch of any number of rows; that of the result is `batch_size`.
+    """
+    frozen = meshes.with_shardings(stage.frozen, meshes.shardings(stage.frozen, mesh))
+    rows = config.accumulate, config.batch_size // config.accumulate
+    split = NamedSharding(mesh, PartitionSpec(None, meshes.BATCH))
+    batch = {
+        name: jax.ShapeDtypeStruct((*rows, *x.shape[1:]), x.dtype, sharding=split)
+        for name, x in example.items()
+    }
+    return step.abstract, frozen, batch
 
 
 def split_seed(seed: int) -> jax.Array:
