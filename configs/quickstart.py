@@ -7,8 +7,8 @@ It trains on `shapes`; --config.data.source=… and --config.data.path=… give 
 other pictures.
 
 tiny   for tests.
-quick  20 minutes of a laptop, for pictures as simple as `shapes`: 16 px, then 64.
-small  two hours of it, for pictures of any kind: 32 px, then 128.
+quick  minutes of a laptop, for pictures as simple as `shapes`: 16 px, then 64.
+small  for pictures of any kind, and longer: 32 px, then 128.
 """
 
 from ml_collections import ConfigDict

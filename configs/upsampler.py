@@ -85,7 +85,7 @@ SIZES = {
         "low_size": 16,
         "size": 64,
         "crop_fraction": 0.5,
-        "loop": dict(steps=300, batch_size=32),
+        "loop": dict(steps=150, batch_size=32),
     },
     "small": _SMALL,
     "paper_256": {
