@@ -143,8 +143,11 @@ def crash(
     torn = 0
     for kill in range(kills):
         before = saved(workdir)
+        # The steps in the log are then those of this start.
+        (workdir / "metrics.jsonl").unlink(missing_ok=True)
         group = start(workdir, processes, steps)
-        target = before + rng.integers(1, 2 * SAVE_EVERY)
+        # A save has to end before the one after the next begins.
+        target = before + rng.integers(1, 4 * SAVE_EVERY)
         alive = wait(lambda n=target: trained(workdir) >= n, group)
         if alive and kill % 2:
             alive = wait(lambda: unfinished(workdir), group)
@@ -183,8 +186,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    # A kill comes at most 3 saves after the one before, and a little later.
-    steps = 4 * SAVE_EVERY * (arguments.kills + 1)
+    # A kill comes at most 5 saves after the one before, and a little later.
+    steps = 6 * SAVE_EVERY * (arguments.kills + 1)
     rows, good = [], True
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
