@@ -54,7 +54,7 @@ SIZES = {
         "loop": dict(steps=6000, batch_size=64),
         "optim": dict(name="muon", warmup=200),
         "tokenizer": dict(captions=10_000),
-        "shapes": dict(contrast=8),
+        "shapes": dict(contrast=4),
     },
     "base": {
         "net": _SMALL_NET,
