@@ -35,10 +35,10 @@ LAYOUTS = [
 ]
 # As many heads as the widest `tensor`.
 HEADS = {
-    "clip": {"text_heads": 4, "vision_heads": 4},
-    "prior": {"heads": 4},
-    "ar_prior": {"heads": 4},
-    "decoder": {"unet": {"head_channels": 8}, "text_encoder": {"heads": 4}},
+    "clip": {"net.text_heads": 4, "net.vision_heads": 4},
+    "prior": {"net.heads": 4},
+    "ar_prior": {"net.heads": 4},
+    "decoder": {"net.unet.head_channels": 8, "net.text_encoder.heads": 4},
     "upsampler": {},
 }
 STEPS = 20
@@ -100,7 +100,7 @@ def main(workdir, changes, coordinator=None, processes=1, process=0):
     changes = json.loads(changes)
     config = importlib.import_module(f"configs.{changes['stage']}").get_config("tiny")
     config.update(changes)
-    config.net.update(HEADS[config.stage])
+    config.update_from_flattened_dict(HEADS[config.stage])
     config.base = "" if config.stage == "clip" else "bundled"
     config.optim.schedule = "constant"  # wherever a run is to end
     config.update(batch_size=16, log_every=1, eval_every=0, preview_every=0)
