@@ -99,7 +99,7 @@ SIZES = {
             "head_channels": 32,
             "patch_size": 1,
         },
-        "loop": dict(steps=1400, batch_size=64, eval_every=700, preview_every=700),
+        "loop": dict(steps=1250, batch_size=64, eval_every=625, preview_every=1250),
         "optim": dict(name="muon", warmup=100, learning_rate=1.5e-3),
         "diffusion": {**_DIFFUSION, "logit_normal": (0.2, 1.0)},
         "sampling": dict(steps=25, guidance=2.0),

@@ -21,9 +21,9 @@ STAGES = {"clip": clip, "prior": prior, "decoder": decoder, "upsampler": upsampl
 SIZES = {
     "tiny": {name: ("tiny", 8) for name in STAGES},
     "quick": {
-        "clip": ("small", 900),
+        "clip": ("small", 850),
         "prior": ("small", 250),
-        "decoder": ("quick", 1400),
+        "decoder": ("quick", 1250),
         "upsampler": ("quick", 150),
     },
     "small": {
