@@ -13,13 +13,13 @@ from dalle2_jax.train import cpu
 @pytest.mark.parametrize(
     "rows, cores, devices",
     [
-        (64, 2, 2),
+        (128, 2, 2),
         (256, 6, 4),  # as many as divide the batch
-        (256, 100, 8),  # with 32 rows each
-        (63, 2, 1),
-        (65, 2, 1),
+        (512, 100, 8),  # with 64 rows each
+        (127, 2, 1),
+        (129, 2, 1),
         (0, 2, 1),
-        (-64, 2, 1),
+        (-128, 2, 1),
     ],
 )
 def test_core_devices(rows, cores, devices):
@@ -29,13 +29,13 @@ def test_core_devices(rows, cores, devices):
 @pytest.mark.parametrize(
     "variables, devices",
     [
-        ({}, cpu.core_devices(64, cpu.count_cores())),
+        ({}, cpu.core_devices(128, cpu.count_cores())),
         ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
         ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
     ],
 )
 def test_use_cores_keeps_what_the_user_says(variables, devices):
-    code = "from dalle2_jax.train import cpu; cpu.use_cores(64); import jax; "
+    code = "from dalle2_jax.train import cpu; cpu.use_cores(128); import jax; "
     run = subprocess.run(
         [sys.executable, "-c", code + "print(jax.device_count())"],
         env={**os.environ, "XLA_FLAGS": "", **variables},

@@ -12,7 +12,7 @@ _KEEP = {
     -2: 1 << 28,  # M_TOP_PAD: grow by so many bytes at once
     -1: 2**31 - 1,  # M_TRIM_THRESHOLD: never shrink
 }
-LEAST_ROWS = 32  # of a batch for a core to be worth a device of its own
+LEAST_ROWS = 64  # of a batch for a core to be worth a device of its own
 
 
 def use_cores(rows: int) -> None:
