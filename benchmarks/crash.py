@@ -146,7 +146,7 @@ def crash(
         # The steps in the log are then those of this start.
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
         group = start(workdir, processes, steps)
-        # A save has to end before the one after the next begins.
+        # Far enough for saves to be complete: the next one waits for the one before.
         target = before + rng.integers(1, 4 * SAVE_EVERY)
         alive = wait(lambda n=target: trained(workdir) >= n, group)
         if alive and kill % 2:

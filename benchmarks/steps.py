@@ -85,11 +85,11 @@ def compile_step(config: ConfigDict, clip: Mapping[str, Any]) -> Step:
         frozen = jax.jit(freeze, out_shardings=shardings)(jax.random.key(1))
         return step.begin(), frozen, meshes.put_batch(batch, mesh, config.accumulate)
 
-    arguments = *arguments, np.int32(0)
+    call = *arguments, np.int32(0)
     return Step(
-        program=step.update.lower(*arguments).compile(),
+        program=step.update.lower(*call).compile(),
         parameters=sum(x.size for x in jax.tree.leaves(step.abstract.params)),
-        flops=count_flops(config, clip, arguments),
+        flops=count_flops(config, clip, call),
         begin=begin,
     )
 

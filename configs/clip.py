@@ -54,7 +54,7 @@ SIZES = {
         "loop": dict(steps=6000, batch_size=64),
         "optim": dict(name="muon", warmup=200),
         "tokenizer": dict(captions=10_000),
-        "shapes": dict(contrast=4),
+        "shapes": dict(contrast=4),  # as many as there are relations
     },
     "base": {
         "net": _SMALL_NET,
