@@ -10,6 +10,7 @@ of the table for each kind of kill; exits with 1 if a state differs.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -72,9 +73,12 @@ def saved(workdir: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def unfinished(workdir: Path) -> bool:
-    """Whether a checkpoint is being written, or was when the run was killed."""
-    return any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+def unfinished(workdir: Path) -> set[int]:
+    """Inodes of the checkpoints being written, or that were when a run was killed."""
+    found = (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*")
+    with contextlib.suppress(FileNotFoundError):  # finished between the two
+        return {path.stat().st_ino for path in found}
+    return set()
 
 
 def trained(workdir: Path) -> int:
@@ -145,12 +149,13 @@ def crash(
         before = saved(workdir)
         # The steps in the log are then those of this start.
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
+        left = unfinished(workdir)  # by earlier kills; orbax lets it lie
         group = start(workdir, processes, steps)
         # Far enough for saves to be complete: the next one waits for the one before.
         target = before + rng.integers(1, 4 * SAVE_EVERY)
         alive = wait(lambda n=target: trained(workdir) >= n, group)
         if alive and kill % 2:
-            alive = wait(lambda: unfinished(workdir), group)
+            alive = wait(lambda old=left: bool(unfinished(workdir) - old), group)
         if not alive:
             raise RuntimeError(Path(f"{workdir}.log").read_text())
         check_resumed(workdir, before)
@@ -163,7 +168,7 @@ def crash(
             process.wait(timeout=LIMIT_S)
         if who == "one":
             survived.append(time.monotonic() - then)
-        torn += unfinished(workdir)
+        torn += bool(unfinished(workdir) - left)
         resumed.append(saved(workdir))
         lost.append(trained(workdir) - resumed[-1])
         print(f"  killed at {trained(workdir)}, saved {resumed[-1]}", flush=True)
