@@ -16,14 +16,15 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "plan.json"
 TOPOLOGIES = ("v5e:16x16", "v5p:4x4x4", "v6e:8x8")
-# mesh.fsdp on each of them; the quickest to compile first.
+# mesh.fsdp on each of them; the quickest to compile first. After "/" the micro-batches
+# that a step is made of, where all of it at once does not fit.
 ROWS = {
-    "upsampler.py:paper_1024": (1, 1, 1),
-    "upsampler.py:paper_256": (2, 1, 1),
-    "prior.py:paper": (8, 4, 8),
-    "ar_prior.py:paper": (8, 4, 8),
-    "clip.py:paper": (8, 4, 8),
-    "decoder.py:paper": (16, 4, 16),
+    "upsampler.py:paper_1024": ("1", "1", "1"),
+    "upsampler.py:paper_256": ("2", "1", "1"),
+    "prior.py:paper": ("8", "4", "8"),
+    "ar_prior.py:paper": ("8", "4", "8"),
+    "clip.py:paper": ("8", "4", "8"),
+    "decoder.py:paper": ("16", "4", "16/2"),
 }
 HEADER = """# What the paper's models take
 
@@ -51,14 +52,15 @@ batch alone and the time of the arithmetic alone, and really take more. A row is
     python -m dalle2_jax.plan --config=configs/ROW --topology=TOPOLOGY \\
         --config.mesh.fsdp=FSDP
 
-says: parameters that are trained, examples a step over all chips, memory that a chip
-needs and has (GiB), the seconds of a step, the part of the chips' peak that it then
-uses, with what is recomputed, and the days of all the config's steps. The time is
-an estimate: the longer of a roofline at {compute:.0%} of the peak in arithmetic,
-{memory:.0%} of the memory's bandwidth and {network:.0%} of the network's along one axis
-of the torus, and the compiler's own. The compiler made a low effort (`--effort=full`
-makes more, and takes far longer), so that a row that does not fit by little may fit
-after all. Reading the data is not in it. A line without numbers is not planned yet.
+says ("16/2": 16, and --config.accumulate=2): parameters that are trained, examples a
+step over all chips, memory that a chip needs and has (GiB), the seconds of a step, the
+part of the chips' peak that it then uses, with what is recomputed, and the days of all
+the config's steps. The time is an estimate: the longer of a roofline at {compute:.0%}
+of the peak in arithmetic, {memory:.0%} of the memory's bandwidth and {network:.0%} of
+the network's along one axis of the torus, and the compiler's own. The compiler made a
+low effort (`--effort=full` makes more, and takes far longer), so that a row that does
+not fit by little may fit after all. Reading the data is not in it. A line
+without numbers is not planned yet.
 
 | row | chips | fsdp | parameters | batch | memory | fits | step, s | peak | days |
 |---|---|---|---|---|---|---|---|---|---|
@@ -86,18 +88,20 @@ def main() -> None:
 
 
 def cells() -> list[tuple[str, str, str]]:
-    """Row, topology and fsdp of each line of the table."""
+    """Row, topology and width of each line of the table."""
     return [
-        (row, topology, str(fsdp))
+        (row, topology, width)
         for row, widths in ROWS.items()
-        for topology, fsdp in zip(TOPOLOGIES, widths, strict=True)
+        for topology, width in zip(TOPOLOGIES, widths, strict=True)
     ]
 
 
-def plan(row: str, topology: str, fsdp: str, effort: str, timeout: int) -> dict | None:
+def plan(row: str, topology: str, width: str, effort: str, timeout: int) -> dict | None:
     """A cell: the plan's values; None, and why, if there are none."""
+    fsdp, _, accumulate = width.partition("/")
     command = [sys.executable, "-m", "dalle2_jax.plan", f"--config=configs/{row}"]
     command += [f"--topology={topology}", f"--config.mesh.fsdp={fsdp}"]
+    command += [f"--config.accumulate={accumulate or 1}"]
     command += [f"--effort={effort}", "--json"]
     print(" ".join(command[2:]), flush=True)
     try:
@@ -125,9 +129,9 @@ def page(results: dict) -> str:
     return text + "".join(line(*cell, results.get(" ".join(cell))) for cell in cells())
 
 
-def line(row: str, topology: str, fsdp: str, found: dict | None) -> str:
+def line(row: str, topology: str, width: str, found: dict | None) -> str:
     """A row of the table."""
-    values = [f"`{row}`", topology, fsdp, *["–"] * 7]
+    values = [f"`{row}`", topology, width, *["–"] * 7]
     if found is not None:
         # Of what isn't compiled, the least.
         least = "" if found["fits"] else "≥ "
