@@ -45,9 +45,7 @@ holds these counts and each of the table's values.
 ## Memory and time
 
 The training step of each stage at the paper's size and batch on three TPU pods, by
-[`docs/make_plan.py`](make_plan.py). Of its {lines} lines {compiled} are compiled, not
-run. Those marked "≥" are not even compiled: they have the memory of the state and the
-batch alone and the time of the arithmetic alone, and really take more. A row is what
+[`docs/make_plan.py`](make_plan.py): compiled, not run. {bounds}A row is what
 
     python -m dalle2_jax.plan --config=configs/ROW --topology=TOPOLOGY \\
         --config.mesh.fsdp=FSDP
@@ -59,12 +57,14 @@ the config's steps. The time is an estimate: the longer of a roofline at {comput
 of the peak in arithmetic, {memory:.0%} of the memory's bandwidth and {network:.0%} of
 the network's along one axis of the torus, and the compiler's own. The compiler made a
 low effort (`--effort=full` makes more, and takes far longer), so that a row that does
-not fit by little may fit after all. Reading the data is not in it. A line
-without numbers is not planned yet.
+not fit by little may fit after all. Reading the data is not in it.
 
 | row | chips | fsdp | parameters | batch | memory | fits | step, s | peak | days |
 |---|---|---|---|---|---|---|---|---|---|
 """
+BOUNDS = """Those marked "≥" are not even compiled: they
+have the memory of the state and the batch alone and the time of the arithmetic alone,
+and really take more. A line without numbers is not planned yet. """
 
 
 def main() -> None:
@@ -119,19 +119,21 @@ def page(results: dict) -> str:
     sys.path.insert(0, str(DOCS.parent))
     from dalle2_jax.planning import cost
 
+    found = [results.get(" ".join(cell)) for cell in cells()]
+    whole = all(values and values["fits"] is not None for values in found)
     text = HEADER.format(
         compute=cost.COMPUTE,
         memory=cost.MEMORY,
         network=cost.NETWORK,
-        compiled=sum(found["fits"] is not None for found in results.values()),
-        lines=len(cells()),
+        bounds="" if whole else BOUNDS,
     )
-    return text + "".join(line(*cell, results.get(" ".join(cell))) for cell in cells())
+    return text + "".join(map(line, cells(), found))
 
 
-def line(row: str, topology: str, width: str, found: dict | None) -> str:
+def line(cell: tuple[str, str, str], found: dict | None) -> str:
     """A row of the table."""
-    values = [f"`{row}`", topology, width, *["–"] * 7]
+    row, *where = cell
+    values = [f"`{row}`", *where, *["–"] * 7]
     if found is not None:
         # Of what isn't compiled, the least.
         least = "" if found["fits"] else "≥ "
