@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,12 +63,11 @@ class Step:
 
 def compile_step(config: ConfigDict, clip: Mapping[str, Any]) -> Step:
     """The step of a config, upon a CLIP of these arguments."""
-    stage = make_stage(config, clip)._replace(start=None)  # which is hollow
+    stage = make_stage(config, clip)
     mesh = meshes.make(**config.mesh)
     jax.set_mesh(mesh)
-    step = update.make_step(
-        stage, config, mesh, optim.make(config.steps, **config.optim)
-    )
+    optimizer = optim.make(config.steps, **config.optim)
+    step = update.make_step(stage, config, mesh, optimizer)
     batch = make_batch(config, clip)
     arguments = update.abstract_arguments(step, stage, config, mesh, batch)
 
@@ -80,14 +80,22 @@ def compile_step(config: ConfigDict, clip: Mapping[str, Any]) -> Step:
         }
         return {name: frozen[name] for name in stage.frozen}
 
-    def begin():
-        shardings = jax.tree.map(lambda x: x.sharding, arguments[1])
-        frozen = jax.jit(freeze, out_shardings=shardings)(jax.random.key(1))
-        return step.begin(), frozen, meshes.put_batch(batch, mesh, config.accumulate)
+    def draw(key):  # as what lies below the stage is hollow
+        return update.first_state(stage.init(key), optimizer), freeze(key)
 
-    call = *arguments, np.int32(0)
+    shardings = jax.tree.map(lambda x: x.sharding, arguments[:2])
+    draw = jax.jit(draw, out_shardings=shardings)
+    key, call = jax.random.key(1), (*arguments, np.int32(0))
+    with ThreadPoolExecutor() as pool:
+        drawn, program = pool.map(
+            jax.stages.Lowered.compile, [draw.lower(key), step.update.lower(*call)]
+        )
+
+    def begin():
+        return *drawn(key), meshes.put_batch(batch, mesh, config.accumulate)
+
     return Step(
-        program=step.update.lower(*call).compile(),
+        program=program,
         parameters=sum(x.size for x in jax.tree.leaves(step.abstract.params)),
         flops=count_flops(config, clip, call),
         begin=begin,

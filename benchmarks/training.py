@@ -304,13 +304,12 @@ def _take_turns(*arguments: Any) -> None:
 
 
 def compiled(config: ConfigDict, clip: dict[str, Any]) -> steps.Step:
-    """Ours; what fails to compile is not waited for."""
+    """Ours; what fails to compile has had its turn."""
     try:
         return steps.compile_step(config, clip)
-    except BaseException:
-        if _turn.barrier:
-            _turn.barrier.abort()
-        raise
+    except Exception:
+        with _turn:
+            raise
 
 
 def compare(name: str, flags: argparse.Namespace) -> list[str]:
