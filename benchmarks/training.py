@@ -2,9 +2,9 @@
 
     python benchmarks/training.py                    (needs torch and dalle2-pytorch)
     python benchmarks/training.py prior decoder --compile
-    python benchmarks/training.py --utilisation decoder:karlo:64 prior:karlo:256
-    python benchmarks/training.py --utilisation \
-        decoder:karlo:64,net.unet.remat=False --profile /tmp/profile
+    python benchmarks/training.py decoder:karlo:64 prior:karlo:256
+    python benchmarks/training.py decoder:karlo:32,net.unet.remat=False \
+        --profile /tmp/profile
 
 A step is all of it: forward, loss, backward, clipping, AdamW and the moving average.
 The peer's are those of its own trainers, with the average taken at every step, as ours
@@ -14,9 +14,9 @@ everything is float32, on a GPU bfloat16 (the peer's by its trainers' autocast).
 
 Operations are those of the products and convolutions, forward and backward: ours as
 dalle2_jax.train.measure counts them, without what is computed twice to save memory, the
-peer's as torch counts them. --utilisation sets them beside the rate of a product of two
-large bfloat16 matrices; a row is STAGE:SIZE:BATCH of configs/, and KEY=VALUE of them
-after commas.
+peer's as torch counts them. A row, STAGE:SIZE:BATCH of configs/ and KEY=VALUE of them
+after commas, is ours alone; its operations are set beside the rate of a product of two
+large bfloat16 matrices.
 """
 
 import argparse
@@ -419,15 +419,18 @@ def parse(name: str) -> tuple[ConfigDict, dict[str, Any]]:
 # Writing it down.
 
 
-PAIR_COLUMNS = (
-    *("network, batch", "whose", "parameters, M", "TFLOP a step", "ms a step"),
-    *("steps/s", "TFLOP/s", "peak memory, GiB"),
-    *("ours / theirs, steps/s", "ours / theirs, FLOP/s"),
-)
-ROW_COLUMNS = (
-    *("row", "parameters, M", "batch", "ms a step", "examples/s", "TFLOP/s"),
-    *("matmul, TFLOP/s", "% of the matmul", "% of the published", "peak memory, GiB"),
-)
+COLUMNS = {
+    compare: (
+        *("network, batch", "whose", "parameters, M", "TFLOP a step", "ms a step"),
+        *("steps/s", "TFLOP/s", "peak memory, GiB"),
+        *("ours / theirs, steps/s", "ours / theirs, FLOP/s"),
+    ),
+    utilise: (
+        *("row", "parameters, M", "batch", "ms a step", "examples/s", "TFLOP/s"),
+        *("matmul, TFLOP/s", "% of the matmul", "% of the published"),
+        "peak memory, GiB",
+    ),
+}
 
 
 def row(cells: Sequence[str]) -> str:
@@ -445,9 +448,8 @@ def attempt(work: Callable[..., list[str]], name: str, flags: Any) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "names", nargs="*", help=f"of {', '.join(PAIRS)}; or rows of --utilisation"
+        "names", nargs="*", help=f"of {', '.join(PAIRS)}; or STAGE:SIZE:BATCH,…"
     )
-    parser.add_argument("--utilisation", action="store_true", help="ours alone")
     parser.add_argument(
         "--compile", action="store_true", help="also the peer's under torch.compile"
     )
@@ -462,18 +464,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="seconds of the CPU in place of the wall's, where others use it too",
     )
     parser.add_argument("--matmul", type=int, default=8192, help="side of the matrices")
-    parser.add_argument("--profile", help="folder for JAX's profiles of --utilisation")
+    parser.add_argument("--profile", help="folder for JAX's profiles of rows")
     parser.add_argument(
         "--together", action="store_true", help="compile all at once, then take turns"
     )
     flags = parser.parse_args(argv)
 
-    work, columns, names = compare, PAIR_COLUMNS, flags.names or list(PAIRS)
-    if flags.utilisation:
-        work, columns = utilise, ROW_COLUMNS
-        names = flags.names or ["decoder:karlo:64", "prior:karlo:128"]
-    print(row(columns))
-    print(row(["---"] * len(columns)), flush=True)
+    names = flags.names or list(PAIRS)
+    works = [utilise if ":" in name else compare for name in names]
     context = multiprocessing.get_context("spawn")
     turns: tuple[Any, ...] = ()
     if flags.together:
@@ -485,8 +483,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         initializer=_take_turns,
         initargs=turns,
     ) as pool:
-        futures = [pool.submit(attempt, work, name, flags) for name in names]
+        futures = {
+            pool.submit(attempt, work, name, flags): COLUMNS[work]
+            for work, name in zip(works, names, strict=True)
+        }
+        columns: Sequence[str] = ()
         for future in concurrent.futures.as_completed(futures):
+            if columns is not futures[future]:
+                columns = futures[future]
+                print("\n" + row(columns))
+                print(row(["---"] * len(columns)))
             print("\n".join(future.result()), flush=True)
 
 

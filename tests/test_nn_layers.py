@@ -248,7 +248,26 @@ def test_text_mask_ends_with_the_first_end_of_text():
     assert lengths.tolist() == [4, 4, 6, 1]
 
 
-# Activations, the transformer, resampling.
+# Products, activations, the transformer, resampling.
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_the_gradient_of_a_product(shape, platform, monkeypatch):
+    def choose(*args, default, **branches):
+        return branches.get(platform, default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    x, kernel, g = normal(0, *shape, 4), normal(1, 4, 2, 5), normal(2, *shape, 2, 5)
+    y, gradient = jax.vjp(layers.product, x, kernel)
+    x, kernel, g = (np.asarray(a, np.float64) for a in (x, kernel, g))
+    expected = [
+        np.einsum("...c,cnd->...nd", x, kernel),
+        np.einsum("...nd,cnd->...c", g, kernel),
+        np.einsum("bc,bnd->cnd", x.reshape(-1, 4), g.reshape(-1, 2, 5)),
+    ]
+    for found, right in zip([y, *gradient(jnp.float32(g))], expected, strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +282,13 @@ def test_activations(name, expected):
     x = np.linspace(-5, 5, 21)
     y = layers.ACTIVATIONS[name](jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(y, [expected(v) for v in x], atol=1e-6)
+
+
+def test_gelu_in_bfloat16_is_rounded_once():
+    x = normal(0, 200, dtype=jnp.bfloat16)
+    exact = [v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in map(float, x)]
+    rounded = jnp.asarray(exact, jnp.bfloat16)
+    np.testing.assert_array_equal(layers.gelu(x), rounded)
 
 
 def test_remat_changes_neither_output_nor_gradient():

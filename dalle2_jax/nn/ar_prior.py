@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dalle2_jax.nn.clip import Caption
-from dalle2_jax.nn.layers import Cache, LayerNorm, Transformer, causal_mask
+from dalle2_jax.nn.layers import Cache, Dense, LayerNorm, Transformer, causal_mask
 
 _embedding = nn.initializers.normal(0.02)
 
@@ -57,8 +57,8 @@ class ARPrior(nn.Module):
         return self.prefix + self.components - 1
 
     def setup(self) -> None:
-        self.text_states_in = nn.Dense(self.width, dtype=self.dtype)
-        self.z_text_in = nn.Dense(self.width, dtype=self.dtype)
+        self.text_states_in = Dense(self.width, dtype=self.dtype)
+        self.z_text_in = Dense(self.width, dtype=self.dtype)
         self.dot_product_in = nn.Embed(
             self.dot_products, self.width, embedding_init=_embedding, dtype=self.dtype
         )
@@ -74,7 +74,7 @@ class ARPrior(nn.Module):
             self.layers, self.heads, self.activation, self.remat, self.dtype
         )
         self.ln_out = LayerNorm()
-        self.logits_out = nn.Dense(self.buckets, dtype=self.dtype)
+        self.logits_out = Dense(self.buckets, dtype=self.dtype)
 
     def example(self) -> tuple[Array, ...]:
         """Arguments of a call, for init and its shapes."""

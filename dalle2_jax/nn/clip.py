@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dalle2_jax.nn.layers import (
     ACTIVATIONS,
+    Dense,
     GroupNorm,
     LayerNorm,
     Transformer,
@@ -95,7 +96,7 @@ class VisionTower(nn.Module):
             name="transformer",
         )(x)
         x = LayerNorm(name="ln_post")(x[:, 0])
-        return nn.Dense(
+        return Dense(
             self.embed_dim, use_bias=False, dtype=self.dtype, name="projection"
         )(x).astype(jnp.float32)
 
@@ -143,7 +144,7 @@ class TextTower(nn.Module):
         x = LayerNorm(name="ln_final")(x)
         end = jnp.argmax(tokens == self.eot, axis=-1)  # the first end-of-text
         pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        z_text = nn.Dense(
+        z_text = Dense(
             self.embed_dim, use_bias=False, dtype=self.dtype, name="projection"
         )(pooled)
         return z_text.astype(jnp.float32), x

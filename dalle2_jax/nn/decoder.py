@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from dalle2_jax.nn.clip import Caption
-from dalle2_jax.nn.layers import LayerNorm, Transformer, text_mask
+from dalle2_jax.nn.layers import Dense, LayerNorm, Transformer, text_mask
 from dalle2_jax.nn.unet import UNet
 
 
@@ -126,7 +126,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         def dense(features: int) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype)
+            return Dense(features, dtype=self.dtype)
 
         width = 4 * self.unet["channels"]
         self.net = UNet(**self.unet, dtype=self.dtype)

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
 from dalle2_jax.nn.layers import (
+    Dense,
     LayerNorm,
     Transformer,
     causal_mask,
@@ -57,7 +58,7 @@ class DiffusionPrior(nn.Module):
         b = x_t.shape[0]
 
         def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, name=name)
+            return Dense(features, dtype=self.dtype, name=name)
 
         time = timestep_embedding(t, self.width).astype(self.dtype)
         time = dense(self.width, "time_in")(time)

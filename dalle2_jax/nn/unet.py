@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.layers import (
+    Dense,
     GroupNorm,
     Heads,
     attention,
@@ -57,7 +58,7 @@ class ResBlock(nn.Module):
         h = conv(3, "conv_1")(resample(h))
         x = resample(x)
         width = self.channels * (2 if self.scale_shift else 1)
-        e = nn.Dense(width, dtype=self.dtype, name="embedding")(nn.silu(embedding))
+        e = Dense(width, dtype=self.dtype, name="embedding")(nn.silu(embedding))
         norm = GroupNorm(self.groups, name="norm_2")
         if self.scale_shift:
             h = norm(h, *jnp.split(e.astype(jnp.float32), 2, axis=-1))
@@ -100,9 +101,7 @@ class AttentionBlock(nn.Module):
             if mask is not None:
                 seen = h * w + mask.sum(-1)
         y = attention(q, k, v, seen=seen).reshape(b, h * w, c)
-        y = nn.Dense(
-            c, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out"
-        )(y)
+        y = Dense(c, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")(y)
         return x + y.reshape(b, h, w, c)
 
 
@@ -207,9 +206,9 @@ class UNet(nn.Module):
             )
 
         embedding = timestep_embedding(t, self.channels).astype(self.dtype)
-        embedding = nn.Dense(width, dtype=self.dtype, name="time_in")(embedding)
+        embedding = Dense(width, dtype=self.dtype, name="time_in")(embedding)
         embedding = nn.silu(embedding)
-        embedding = nn.Dense(width, dtype=self.dtype, name="time_out")(embedding)
+        embedding = Dense(width, dtype=self.dtype, name="time_out")(embedding)
         if vector is not None:
             embedding = embedding + vector.astype(self.dtype)
 
