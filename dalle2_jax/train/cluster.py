@@ -1,10 +1,15 @@
-"""Several processes as one run: found out, or told by flags."""
+"""Several processes as one run: found out, or told by flags; and how they meet."""
 
+import functools
+import itertools
 import os
 import re
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 from dalle2_jax.errors import UserError, first_line
 
@@ -61,6 +66,48 @@ def join(
                 f"cannot join the processes of this run: {first_line(error)}; a "
                 "process that is to run alone is told so with --num_processes=1"
             ) from error
+
+
+_PATIENCE_MS = 3_600_000  # an hour: the largest networks compile for minutes
+_meetings = itertools.count()
+
+
+def meet() -> None:
+    """Waits until every process of the run has come here.
+
+    Raises:
+        UserError: another process has ended, or does not come within an hour.
+    """
+    wait = ocp.multihost.get_barrier_sync_fn()
+    try:
+        wait(key=f"meeting {next(_meetings)}", timeout_ms=_PATIENCE_MS)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            "another process of this run has ended, or has not come along for an hour; "
+            f"it may have said why: {first_line(error)}"
+        ) from error
+
+
+def compiled_by_all(function: Any) -> Callable[..., Any]:
+    """A jitted function that no process begins before all of them have compiled it.
+
+    One may take minutes longer than another, and CPUs that are to exchange something
+    for the first time wait for each other for 30 seconds only.
+    """
+    if jax.process_count() == 1:
+        return function
+    compiled = False
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        nonlocal compiled
+        if not compiled:
+            function.lower(*arguments).compile()
+            meet()
+            compiled = True
+        return function(*arguments)
+
+    return call
 
 
 def _in_pod() -> bool:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import checkpoint, xla
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import measure, optim
+from dalle2_jax.train import cluster, measure, optim
 from dalle2_jax.train import mesh as meshes
 from dalle2_jax.train.log import Log
 from dalle2_jax.train.update import (
@@ -71,6 +71,7 @@ def train(
     check_batch_size(config, mesh)
     check_keeping(config)
     saved_config = json.loads(json.dumps(config.to_dict()))
+    cluster.meet()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone(workdir))
         stack.enter_context(jax.set_mesh(mesh))
@@ -122,9 +123,10 @@ def train(
             out_shardings=everywhere,
             compiler_options=xla.compiler_options(),
         )
-        distance = jit(ema_distance)
-        metrics = jit(stage.metrics)
-        preview = jit(stage.preview)
+        take = cluster.compiled_by_all(update)
+        distance = cluster.compiled_by_all(jit(ema_distance))
+        metrics = cluster.compiled_by_all(jit(stage.metrics))
+        preview = cluster.compiled_by_all(jit(stage.preview))
 
         data = batches(start)
         if hasattr(data, "close"):
@@ -137,7 +139,7 @@ def train(
             batch = meshes.put_batch(batch, mesh, config.accumulate)
             if step == start + 1:
                 log.least_s = measure.least_seconds(update, state, frozen, batch)
-            state, values = update(state, frozen, batch, np.int32(step - 1))
+            state, values = take(state, frozen, batch, np.int32(step - 1))
             recent.append(values)
             # Two steps in flight keep the devices busy; the batches of more would only
             # fill the memory.
