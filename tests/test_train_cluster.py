@@ -148,3 +148,52 @@ def test_two_processes_train_as_one(tmp_path, how):
         for name in ("one", how)
     ]
     np.testing.assert_allclose(*(k["kernel"] for k in kernels), rtol=1e-3, atol=1e-5)
+
+
+# Sums 0, 1, ..., 7 over both processes, of which the second compiles for a while.
+LATE = """
+import sys, time
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from dalle2_jax.train import cluster, mesh as meshes
+
+port, process, seconds = map(int, sys.argv[1:])
+cluster.join(f"localhost:{port}", 2, process)
+mesh = meshes.make(data=2, fsdp=1)
+x = meshes.put_batch({"x": np.arange(4.0) + 4 * process}, mesh)["x"]
+everywhere = NamedSharding(mesh, PartitionSpec())
+total = jax.jit(lambda x: x.sum(), out_shardings=everywhere)
+
+def late(*arguments):
+    return total(*arguments)
+
+def lower(*arguments):
+    time.sleep(process * seconds)
+    return total.lower(*arguments)
+
+late.lower = lower
+print(float(cluster.compiled_by_all(late)(x)))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_compiles_for_long_is_waited_for():
+    port, seconds = free_port(), 40  # the CPU's transport waits for 30
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE, str(port), str(process), str(seconds)],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": ""},  # one device each
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0].split()[-1] for process in processes]
+    assert said == ["28.0", "28.0"]
+
+
+def test_nothing_is_waited_for_alone():
+    function = jax.jit(lambda x: x)
+    assert cluster.compiled_by_all(function) is function
+    cluster.meet()
