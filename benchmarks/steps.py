@@ -5,6 +5,7 @@ their embeddings, as of the source "embeddings": CLIP's image tower is not run.
 """
 
 import dataclasses
+import functools
 import statistics
 import sys
 import tempfile
@@ -80,11 +81,12 @@ def compile_step(config: ConfigDict, clip: Mapping[str, Any]) -> Step:
         }
         return {name: frozen[name] for name in stage.frozen}
 
+    shardings = jax.tree.map(lambda x: x.sharding, arguments[:2])
+
+    @functools.partial(jax.jit, out_shardings=shardings)
     def draw(key):  # as what lies below the stage is hollow
         return update.first_state(stage.init(key), optimizer), freeze(key)
 
-    shardings = jax.tree.map(lambda x: x.sharding, arguments[:2])
-    draw = jax.jit(draw, out_shardings=shardings)
     key, call = jax.random.key(1), (*arguments, np.int32(0))
     with ThreadPoolExecutor() as pool:
         drawn, program = pool.map(

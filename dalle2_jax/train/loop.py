@@ -71,7 +71,7 @@ def train(
     check_batch_size(config, mesh)
     check_keeping(config)
     saved_config = json.loads(json.dumps(config.to_dict()))
-    cluster.meet()
+    cluster.meet()  # before checkpoints let the processes wait for each other
     with contextlib.ExitStack() as stack:
         stack.enter_context(_alone(workdir))
         stack.enter_context(jax.set_mesh(mesh))
