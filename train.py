@@ -81,7 +81,8 @@ def main() -> None:
     stages = [config[name] for name in config.get("stages", ())] or [config]
     if not jax.distributed.is_initialized():
         cpu.use_cores(math.gcd(*(s.batch_size // max(s.accumulate, 1) for s in stages)))
-    train(config, Path(WORKDIR.value))
+    with cluster.leaving():
+        train(config, Path(WORKDIR.value))
 
 
 if __name__ == "__main__":

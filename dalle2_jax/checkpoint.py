@@ -217,7 +217,13 @@ class Run:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, keep_period=keep_every or None
+                max_to_keep=keep,
+                keep_period=keep_every or None,
+                # So that a directory that can't be made is told at once: the threads
+                # that write would wait for it for minutes, and the process for them.
+                async_options=ocp.options.AsyncOptions(
+                    create_directories_asynchronously=False
+                ),
             ),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),

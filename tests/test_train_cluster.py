@@ -94,7 +94,7 @@ def test_half_of_jaxs_variables():
     assert re.search("UserError: .*Number of processes must .*--num_processes=1", said)
 
 
-def train(workdir, *flags, devices, variables=None, steps=6):
+def train(workdir, *flags, devices, variables=None, steps=6, **options):
     command = [
         *(sys.executable, "train.py", "--config=configs/clip.py:tiny"),
         f"--workdir={workdir}",
@@ -104,7 +104,7 @@ def train(workdir, *flags, devices, variables=None, steps=6):
     ]
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, **(variables or {})}
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
 
 
 def free_port():
@@ -191,6 +191,55 @@ def test_a_process_that_compiles_for_long_is_waited_for():
     ]
     said = [process.communicate(timeout=300)[0].split()[-1] for process in processes]
     assert said == ["28.0", "28.0"]
+
+
+@pytest.mark.slow
+def test_processes_that_fail_together_all_say_why(tmp_path):
+    port = free_port()
+    flags = f"--coordinator=localhost:{port}", "--num_processes=2"
+    processes = [
+        train(
+            tmp_path,
+            *(*flags, f"--process_id={process}", "--config.batch_size=3"),
+            devices=1,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    for process in processes:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 2
+        assert re.fullmatch("error: batch_size=3 must be a multiple of 2.*\n", said)
+
+
+# The first process, with which the others are in touch, fails.
+FAILS = """
+import sys
+from dalle2_jax.train import cluster
+
+port, process = map(int, sys.argv[1:])
+cluster.join(f"localhost:{port}", 2, process)
+with cluster.leaving():
+    if process == 0:
+        raise ValueError("this disk is full")
+    cluster.meet()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_run(tmp_path):
+    command = [sys.executable, "-c", FAILS, str(free_port())]
+    processes = [
+        subprocess.Popen(
+            [*command, str(process)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for process in range(2)
+    ]
+    # JAX's own way takes 300 seconds.
+    said = [process.communicate(timeout=100)[1] for process in processes]
+    assert processes[0].returncode == 2 and "this disk is full" in said[0]
+    assert processes[1].returncode != 0 and "another task died" in said[1]
 
 
 def test_nothing_is_waited_for_alone():

@@ -11,6 +11,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -295,8 +296,11 @@ def test_a_workdir_that_is_taken_away(whole, tmp_path):
         checkpoints.rename(tmp_path / "elsewhere")
         checkpoints.touch()
 
+    threads = threading.enumerate()
     with pytest.raises(UserError, match=f"cannot save a checkpoint to {checkpoints}"):
         train(tmp_path, batches=make_batches(events={12: [take_away]}))
+    # None is left that the process would have to wait for.
+    assert all(t.daemon or t in threads for t in threading.enumerate())
     checkpoints.unlink()
     (tmp_path / "elsewhere").rename(checkpoints)
     assert latest(tmp_path) == 10

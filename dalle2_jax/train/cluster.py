@@ -1,11 +1,14 @@
 """Several processes as one run: found out, or told by flags; and how they meet."""
 
+import atexit
+import contextlib
 import functools
 import itertools
 import os
 import re
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -68,6 +71,30 @@ def join(
             ) from error
 
 
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Lets a process that fails end at once, though the others go on.
+
+    JAX would have it wait for them for minutes. They end when they miss it.
+    """
+    try:
+        yield
+    except BaseException:
+        if jax.process_count() > 1:
+            atexit.register(_leave)  # and so called before JAX's
+        raise
+
+
+def _leave() -> None:
+    try:
+        # If all of them fail, each is to say why.
+        _wait("leaving", timeout_ms=10_000)
+    except jax.errors.JaxRuntimeError:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+
+
 _PATIENCE_MS = 3_600_000  # an hour: the largest networks compile for minutes
 _meetings = itertools.count()
 
@@ -78,9 +105,8 @@ def meet() -> None:
     Raises:
         UserError: another process has ended, or does not come within an hour.
     """
-    wait = ocp.multihost.get_barrier_sync_fn()
     try:
-        wait(key=f"meeting {next(_meetings)}", timeout_ms=_PATIENCE_MS)
+        _wait(f"meeting {next(_meetings)}", _PATIENCE_MS)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
             "another process of this run has ended, or has not come along for an hour; "
@@ -108,6 +134,10 @@ def compiled_by_all(function: Any) -> Callable[..., Any]:
         return function(*arguments)
 
     return call
+
+
+def _wait(key: str, timeout_ms: int) -> None:
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _in_pod() -> bool:
