@@ -34,6 +34,7 @@ from PIL import Image, ImageDraw
 
 from dalle2_jax.data import tokenizer as tokenizers
 from dalle2_jax.data.batches import batches
+from dalle2_jax.data.rows import Rows
 from dalle2_jax.data.sources import captions, open_source
 
 BATCH = 64
@@ -124,9 +125,9 @@ def ours(
     return batches(
         source,
         tokenizer,
+        Rows({str(size): size for size in sizes}),
         batch_size=BATCH,
         seed=0,
-        sizes={str(size): size for size in sizes},
         context_length=CONTEXT,
         threads=threads,
     )

@@ -14,6 +14,7 @@ from dalle2_jax.data import tokenizer
 from dalle2_jax.data.batches import batches, count_bad, in_order
 from dalle2_jax.data.examples import BadExample, Source
 from dalle2_jax.data.mixture import mix
+from dalle2_jax.data.rows import Rows
 from dalle2_jax.data.sources import open_source
 from dalle2_jax.errors import UserError
 
@@ -35,7 +36,7 @@ def gradient(value):
     return picture
 
 
-def numbered(count, bad=()):
+def numbered(count, bad=(), **options):
     """Gradients captioned by their numbers; those in `bad` are unusable."""
 
     def read(i):
@@ -44,12 +45,13 @@ def numbered(count, bad=()):
         caption = [f"picture {i}", f"image {i}"]
         return {"image": png(gradient(i)), "caption": caption, "key": str(i)}
 
-    return Source("numbers", range(count), read)
+    return Source("numbers", range(count), read, **options)
 
 
-def iterate(source, tokens=None, **options):
-    options = {"batch_size": 8, "seed": 3, "sizes": SIZES, "captions": True} | options
-    return batches(source, tokens, **options)
+def iterate(source, tokens=None, sizes=SIZES, **options):
+    made = {name: options.pop(name) for name in Rows._fields if name in options}
+    options = {"batch_size": 8, "seed": 3, "captions": True} | options
+    return batches(source, tokens, Rows(sizes, **made), **options)
 
 
 def take(count, *args, **options):
@@ -113,7 +115,7 @@ def test_every_epoch_has_every_example_in_a_new_order():
     epochs = [numbers(b) for b in take(3, numbered(8))]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert numbers(take(1, numbered(8), shuffle=False)[0]) == list(range(8))
+    assert numbers(take(1, numbered(8, endless=True))[0]) == list(range(8))
     assert len(numbers(take(1, numbered(3))[0])) == 8  # more than there are
 
 
@@ -150,30 +152,6 @@ def test_captions_too_long_are_cut_silently():
     assert (batch["tokens"][:, -1] == tokens.eot).all()
 
 
-def test_crops():
-    sizes = {"image": 16}  # the gradients' height: nothing is resized
-    middle = take(1, numbered(9), sizes=sizes)[0]["image"]
-    np.testing.assert_array_equal(middle[:, :, 0, 0], 40)
-    drawn = np.concatenate(
-        [b["image"] for b in take(8, numbered(9), sizes=sizes, crop="random")]
-    )
-    assert set(drawn[:, 0, 0, 0] // 10) == set(range(9))
-    flipped = np.concatenate(
-        [b["image"] for b in take(4, numbered(9), sizes=sizes, flip=True)]
-    )
-    assert set(flipped[:, 0, 0, 0] // 10) == {4, 19}
-
-
-def test_a_part_is_taken_of_the_image_only():
-    sizes = {"image": 16, "clip_image": 16}
-    for batch in take(4, numbered(9), sizes=sizes, crop_fraction=0.25):
-        assert batch["image"].shape == (8, 4, 4, 3)
-        assert batch["clip_image"].shape == (8, 16, 16, 3)
-        for part, whole in zip(batch["image"], batch["clip_image"], strict=True):
-            x, y = part[0, 0, 0] // 10 - 4, part[0, 0, 1] // 10
-            np.testing.assert_array_equal(part, whole[y : y + 4, x : x + 4])
-
-
 def test_bad_examples_are_replaced_counted_and_logged_once(caplog):
     def read(i):
         good = {"image": png(gradient(i)), "caption": f"picture {i}", "key": str(i)}
@@ -185,9 +163,9 @@ def test_bad_examples_are_replaced_counted_and_logged_once(caplog):
             return good | {"image": good["image"][:60]}
         return good
 
-    source = Source("few", range(6), read)
+    source = Source("few", range(6), read, endless=True)
     with caplog.at_level(logging.WARNING):
-        iterator = iterate(source, batch_size=6, shuffle=False)
+        iterator = iterate(source, batch_size=6)
         drawn = [n for _ in range(10) for n in numbers(next(iterator))]
     assert len(drawn) == 60 and set(drawn) == {0, 4, 5}
     report = iterator.report()
@@ -201,11 +179,11 @@ def test_bad_examples_are_replaced_counted_and_logged_once(caplog):
 
 
 def test_the_report_counts_what_was_handed_out_only():
-    iterator = iterate(numbered(8, bad=(0,)), shuffle=False, threads=4)
+    iterator = iterate(numbered(8, bad=(0,), endless=True), threads=4)
     assert iterator.report() == {"skipped": 0, "reasons": {}}
     next(iterator)
     assert iterator.report()["reasons"].keys() == {"no caption"}
-    again = iterate(numbered(8, bad=(0,)), shuffle=False, threads=1)
+    again = iterate(numbered(8, bad=(0,), endless=True), threads=1)
     next(again)
     assert again.report() == iterator.report()
 
@@ -271,7 +249,6 @@ def test_all_bad_is_an_error():
         ({"seed": -1}, "the seed is -1"),
         ({"workers": -1}, "workers is -1"),
         ({"crop": "top"}, 'crop is "top"; it can be one of .*random'),
-        ({"crop_fraction": 0.0}, "crop_fraction is 0.0"),
     ],
 )
 def test_errors_say_what_is_wrong(options, message):

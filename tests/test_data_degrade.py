@@ -11,6 +11,7 @@ from scipy import ndimage, stats
 
 from dalle2_jax.data import degrade, shapes
 from dalle2_jax.data.batches import batches
+from dalle2_jax.data.rows import Rows
 from dalle2_jax.data.sources import open_source
 from dalle2_jax.errors import UserError
 
@@ -184,18 +185,12 @@ def test_strengths_that_cannot_be_are_refused(picture, strengths, message):
 
 
 def test_batches_carry_it_whatever_the_threads_and_processes():
+    make_low = partial(degrade.bsr, size=4)
+    rows = Rows({"image": 32}, crop_fraction=0.5, degrade=make_low)
+
     def take(step=0, **options):
-        iterator = batches(
-            open_source("shapes"),
-            None,
-            batch_size=4,
-            seed=1,
-            sizes={"image": 32},
-            crop_fraction=0.5,
-            step=step,
-            degrade=partial(degrade.bsr, size=4),
-            **options,
-        )
+        options = {"batch_size": 4, "seed": 1, "step": step, **options}
+        iterator = batches(open_source("shapes"), None, rows, **options)
         return [next(iterator) for _ in range(2)]
 
     whole = take()

@@ -10,6 +10,7 @@ import pytest
 from dalle2_jax.data import embeddings
 from dalle2_jax.data.batches import batches
 from dalle2_jax.data.examples import BadExample
+from dalle2_jax.data.rows import Rows
 from dalle2_jax.data.sources import open_source
 from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.errors import UserError
@@ -73,9 +74,9 @@ def test_a_shard_may_be_empty(tmp_path):
 def test_batches_have_them_with_the_tokens_of_the_caption(tmp_path):
     write(tmp_path)
     source = open_source("embeddings", tmp_path, **ALL)
-    given = {"batch_size": 8, "seed": 0, "captions": True, "embeddings": True}
+    given = {"batch_size": 8, "seed": 0, "captions": True}
     for sizes in ({}, {"image": 8}):
-        batch = next(batches(source, TOKENIZER, sizes=sizes, **given))
+        batch = next(batches(source, TOKENIZER, Rows(sizes, embeddings=True), **given))
         assert ("image" in batch) == bool(sizes)
         for z, words, caption in zip(
             batch["z_image"], batch["tokens"], batch["caption"], strict=True
@@ -86,9 +87,9 @@ def test_batches_have_them_with_the_tokens_of_the_caption(tmp_path):
                 words[1:3], [i, 9 if "again" in caption else 2]
             )
     with pytest.raises(UserError, match="has pictures of 8 px, and 16 px are needed"):
-        batches(source, None, sizes={"image": 16}, **given)
+        batches(source, None, Rows({"image": 16}), **given)
     with pytest.raises(UserError, match='crop must be "center" and flip False'):
-        batches(source, None, sizes={}, crop="random", **given)
+        batches(source, None, Rows({}, crop="random", embeddings=True), **given)
 
 
 def test_a_mixture_of_embeddings(tmp_path):
@@ -105,9 +106,8 @@ def test_a_mixture_of_embeddings(tmp_path):
 
     source = mixture("one", "two")
     assert source.embedded == ("1234", 8)
-    batch = next(
-        batches(source, TOKENIZER, batch_size=8, seed=0, sizes={}, embeddings=True)
-    )
+    rows = Rows({}, embeddings=True)
+    batch = next(batches(source, TOKENIZER, rows, batch_size=8, seed=0))
     assert batch["z_image"].shape == (8, 3)
     with pytest.raises(UserError, match="only with embeddings, of the same CLIP"):
         mixture("one", "other")

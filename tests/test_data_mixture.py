@@ -8,6 +8,7 @@ import pytest
 from dalle2_jax.data.batches import batches
 from dalle2_jax.data.examples import Embedded, Source
 from dalle2_jax.data.mixture import mix
+from dalle2_jax.data.rows import Rows
 from dalle2_jax.data.sources import open_source
 from dalle2_jax.errors import UserError
 from tests.pictures import png
@@ -55,8 +56,8 @@ def test_batches_of_processes_and_resumed(tmp_path):
     source = open_source("mixture", seed=2, parts=parts)
 
     def take(first, count, **options):
-        settings = {"batch_size": 8, "seed": 2, "sizes": {"image": 8}, "captions": True}
-        iterator = batches(source, None, step=first, **settings, **options)
+        settings = {"batch_size": 8, "seed": 2, "captions": True, "step": first}
+        iterator = batches(source, None, Rows({"image": 8}), **settings, **options)
         return [next(iterator) for _ in range(count)]
 
     whole = take(0, 6)

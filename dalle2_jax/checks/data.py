@@ -15,8 +15,9 @@ from dalle2_jax import checkpoint, stages
 from dalle2_jax.checks import captions, embeddings
 from dalle2_jax.checks.finding import Finding, counted, ok
 from dalle2_jax.data import filter as rules
-from dalle2_jax.data.batches import count_bad, in_order, read_picture, square_of
+from dalle2_jax.data.batches import count_bad, in_order
 from dalle2_jax.data.examples import Source, as_list
+from dalle2_jax.data.rows import read_picture, square_of
 from dalle2_jax.pipeline import encode, models
 
 BLANK = 2.0  # deviation of the pixels below which a picture shows nothing

@@ -7,15 +7,14 @@ processes or threads, nor on where the iteration began.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from typing import TypeVar
 
 import numpy as np
 from absl import flags
-from PIL import Image
 
-from dalle2_jax.data import image as images
-from dalle2_jax.data.examples import BadExample, Source, as_list
+from dalle2_jax.data.examples import BadExample, Source
+from dalle2_jax.data.rows import Rows
 from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.errors import UserError
 
@@ -55,19 +54,13 @@ class Batches:
 def batches(
     source: Source,
     tokenizer: Tokenizer | None,
+    rows: Rows,
     *,
     batch_size: int,
     seed: int,
-    sizes: Mapping[str, int],
     context_length: int | None = None,
     step: int = 0,
-    crop: str = "center",
-    crop_fraction: float = 1.0,
-    degrade: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
-    flip: bool = False,
-    shuffle: bool = True,
     captions: bool = False,
-    embeddings: bool = False,
     threads: int = 4,
     workers: int = 0,
     process_index: int = 0,
@@ -77,18 +70,14 @@ def batches(
 
     batch_size counts the rows of all processes; process k has the k-th run of
     batch_size / process_count rows. In a batch, with b such rows:
-        NAME      uint8 [b, s, s, 3], for each NAME: s of `sizes`, all of one square,
-                  which `crop` ("center" or "random") takes from the picture
-        low       uint8 [b, l, l, 3], what `degrade` makes of "image", if given
+        NAME      uint8 [b, s, s, 3], for each picture of `rows`
+        low       uint8 [b, l, l, 3], if `rows` degrade
         tokens    int32 [b, context_length], unless tokenizer is None
         caption   list of b str, if `captions`
-        z_image   float32 [b, d], if `embeddings`; the source must have them
-    With crop_fraction below 1, "image" is a random part of the picture at its size, of
-    that fraction of its side. `flip` mirrors half of the pictures, whose captions must
-    not speak of left and right. `shuffle` orders each epoch anew; endless sources are
-    never shuffled. Each of `workers` processes makes whole batches with that many
-    `threads`; without any, this one does. (Decoding leaves Python to the other threads,
-    drawing `shapes` does not.)
+        z_image   float32 [b, d], if `rows` have embeddings
+    Each epoch is in a new order, but endless sources come as they are. Each of
+    `workers` processes makes whole batches with that many `threads`; without any, this
+    one does. (Decoding leaves Python to the other threads, drawing `shapes` does not.)
 
     An unusable example is replaced by another one, counted in `.report()`, and logged
     once for each reason. Raises UserError if 100 in a row are unusable.
@@ -99,23 +88,13 @@ def batches(
         raise UserError(
             f"a batch of {batch_size} does not divide by {process_count} processes"
         )
-    if crop not in images.CROPS:
-        raise UserError(f'crop is "{crop}"; it can be one of {images.CROPS}')
-    if not 0 < crop_fraction <= 1:
-        raise UserError(f"crop_fraction is {crop_fraction}; it is above 0 and up to 1")
     if len(source) == 0:
         raise UserError(f"{source.name} has no examples")
     if seed < 0:
         raise UserError(f"the seed is {seed}; it must be 0 or more")
-    if source.embedded is not None:
-        _check_pictures(source, sizes)
-        if embeddings and (flip or crop != "center"):
-            raise UserError(
-                f"the embeddings of {source.name} are of the middle of each picture: "
-                'crop must be "center" and flip False'
-            )
     if workers < 0:
         raise UserError(f"workers is {workers}; the least, for none, is 0")
+    rows.check(source)
 
     def load(position: int, index: int) -> tuple[dict, list[BadExample]]:
         skipped = []
@@ -124,7 +103,7 @@ def batches(
                 chance = np.random.default_rng((seed, position, attempt))
                 index = int(chance.integers(len(source)))
             try:
-                return prepare(source[index], position), skipped
+                return rows.make(source[index], (seed, position)), skipped
             except BadExample as bad:
                 skipped.append(bad)
         raise UserError(
@@ -132,37 +111,10 @@ def batches(
             f"{skipped[-1]}"
         )
 
-    chance_matters = crop == "random" or crop_fraction < 1 or flip or bool(degrade)
-
-    def prepare(example: dict, position: int) -> dict:
-        choices = as_list(example["caption"])
-        rng, choice = None, 0
-        if chance_matters or len(choices) > 1:  # a generator takes a while to make
-            rng = np.random.default_rng((seed, position))
-            choice = rng.integers(len(choices))
-        row = {"caption": choices[choice]}
-        if embeddings:
-            row["z_image"] = np.asarray(example["z_image"], np.float32)
-            row["tokens"] = example["tokens"][choice]
-        if not sizes:
-            return row
-        square = square_of(example, max(sizes.values()), crop, rng)
-        mirrored = flip and rng.random() < 0.5
-        for name, size in sizes.items():
-            picture = square(size)
-            if mirrored:
-                picture = picture[:, ::-1]
-            if name == "image" and crop_fraction < 1:
-                picture = _random_part(picture, round(size * crop_fraction), rng)
-            row[name] = picture
-        if degrade is not None:
-            row["low"] = degrade(row["image"], rng)
-        return row
-
     def collate(loaded) -> tuple[dict, list[BadExample]]:
-        rows, skipped = zip(*loaded, strict=True)
-        texts = [row.pop("caption") for row in rows]
-        batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        made, skipped = zip(*loaded, strict=True)
+        texts = [row.pop("caption") for row in made]
+        batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
         if tokenizer is None:
             batch.pop("tokens", None)
         elif "tokens" not in batch:
@@ -172,7 +124,7 @@ def batches(
         return batch, [bad for bads in skipped for bad in bads]
 
     indices = grain.MapDataset.range(len(source))
-    if shuffle and not source.endless:
+    if not source.endless:
         indices = indices.shuffle(seed=seed % 2**32)  # all that grain takes
     # Whole local batches are dealt out to the processes, so that the rows of all of
     # them, one after the other, are the batch that one process alone would have.
@@ -236,47 +188,3 @@ def _in_workers(dataset, workers: int):
             grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
         )
     return iter(dataset)
-
-
-def _check_pictures(source: Source, sizes: Mapping[str, int]) -> None:
-    largest, have = max(sizes.values(), default=0), source.embedded.image_size or 0
-    if largest > have:
-        what = f"pictures of {have} px" if have else "no pictures"
-        raise UserError(
-            f"{source.name} has {what}, and {largest} px are needed: make it with "
-            f"--image_size={largest}"
-        )
-
-
-def square_of(
-    example: Mapping[str, Any],
-    largest: int,
-    crop: str = "center",
-    rng: np.random.Generator | None = None,
-) -> Callable[[int], np.ndarray]:
-    """A picture's square as a function of the size wanted, uint8 [size, size, 3].
-
-    Raises BadExample if it can't be read.
-    """
-    picture = example["image"]
-    if callable(picture):
-        return picture
-    square = images.crop_square(read_picture(example, largest), crop, rng)
-    return lambda size: images.resize_square(square, size)
-
-
-def read_picture(
-    example: Mapping[str, Any], at_least: int | None = None
-) -> Image.Image:
-    """The example's picture, see image.read; BadExample if it can't be read."""
-    try:
-        return images.read(example["image"], at_least)
-    except UserError as error:
-        raise BadExample("unreadable picture", f"{example['key']} ({error})") from error
-
-
-def _random_part(
-    picture: np.ndarray, side: int, rng: np.random.Generator
-) -> np.ndarray:
-    y, x = rng.integers(len(picture) - side + 1, size=2)
-    return picture[y : y + side, x : x + side]

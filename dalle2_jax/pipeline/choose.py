@@ -11,8 +11,9 @@ import numpy as np
 
 from dalle2_jax.data import filter as rules
 from dalle2_jax.data import image
-from dalle2_jax.data.batches import count_bad, in_order, read_picture
+from dalle2_jax.data.batches import count_bad, in_order
 from dalle2_jax.data.examples import Source, as_list
+from dalle2_jax.data.rows import read_picture
 from dalle2_jax.errors import UserError
 from dalle2_jax.pipeline import encode
 from dalle2_jax.pipeline.models import Model

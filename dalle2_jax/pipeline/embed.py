@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 
 from dalle2_jax.data import embeddings
-from dalle2_jax.data.batches import count_bad, in_order, square_of
+from dalle2_jax.data.batches import count_bad, in_order
 from dalle2_jax.data.examples import Source, as_list
+from dalle2_jax.data.rows import square_of
 from dalle2_jax.pipeline import encode
 from dalle2_jax.pipeline.models import Model
 

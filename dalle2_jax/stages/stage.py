@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
 from dalle2_jax.data import batches, image, sources, tokenizer
+from dalle2_jax.data.rows import Rows
 from dalle2_jax.diffusion import process, schedule
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import CLIP, Caption
@@ -189,7 +190,7 @@ def make_batches(
     With ``whole`` the iterator gives every process the whole of each batch. Where the
     stage has a CLIP that it leaves as it is, its params are given: if the data has its
     embeddings, they come as z_image in place of the pictures "clip_image". ``degrade``
-    is as of `data.batches`.
+    is as of `data.rows`.
     """
     data = config.data
 
@@ -210,20 +211,25 @@ def make_batches(
         return True
 
     def make(split: str, step: int, whole: bool = False) -> Iterator[dict]:
-        left_out = {"clip_image"} if embedded(split) else set()
-        return batches.batches(
-            source(split),
-            text,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            step=step,
-            sizes={name: sizes[name] for name in sizes if name not in left_out},
-            embeddings=embedded(split),
+        pictures = dict(sizes)
+        if embedded(split):
+            pictures.pop("clip_image", None)
+        rows = Rows(
+            pictures,
             crop=data.crop,
             crop_fraction=data.crop_fraction,
             degrade=degrade,
             flip=data.flip,
+            embeddings=embedded(split),
+        )
+        return batches.batches(
+            source(split),
+            text,
+            rows,
+            batch_size=config.batch_size,
+            seed=config.seed,
             context_length=context_length,
+            step=step,
             threads=data.threads,
             workers=data.workers if split == "train" else 0,
             process_index=0 if whole else jax.process_index(),
