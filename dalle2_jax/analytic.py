@@ -25,6 +25,7 @@ EXAMPLES = flags.DEFINE_integer("examples", 256, "Pictures to measure at.")
 
 
 def main() -> None:
+    """The command: reads the flags, measures, and writes the model."""
     for flag, value in (("model", MODEL.value), ("out", OUT.value)):
         if not value:
             raise UserError(f"no --{flag}: give a directory")

@@ -37,6 +37,7 @@ JSON = flags.DEFINE_boolean("json", False, "Print the findings as JSON.")
 
 
 def main() -> None:
+    """The command: reads the flags, makes the checks and prints what they find."""
     if CONFIG.value is None:
         raise UserError("no --config: give one, as --config=configs/decoder.py:small")
     config = CONFIG.value

@@ -45,6 +45,7 @@ PROCESS_COUNT = flags.DEFINE_integer(
 
 
 def main() -> None:
+    """The command: reads the flags, and writes this process's shards."""
     for flag in (MODEL, OUT):
         if not flag.value:
             raise UserError(f"no --{flag.name}: give a directory")

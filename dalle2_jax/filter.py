@@ -60,6 +60,7 @@ CLASSIFIER = flags.DEFINE_string(
 
 
 def main() -> None:
+    """The command: reads the flags, and writes which examples are kept, and why."""
     if not OUT.value:
         raise UserError("no --out: give a directory")
     bounds = LIMITS["min_classifier"].value, LIMITS["max_classifier"].value

@@ -79,6 +79,7 @@ def clip_net(config: ConfigDict) -> dict[str, Any] | None:
 
 
 def main() -> None:
+    """The command: reads the flags, compiles, and prints the plan."""
     if CONFIG.value is None:
         raise UserError("no --config: give one, as --config=configs/decoder.py:paper")
     if not TOPOLOGY.value:

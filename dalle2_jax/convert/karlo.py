@@ -336,6 +336,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command: puts the models of SRC together and writes them as one."""
     parser = argparse.ArgumentParser(description="Karlo, from diffusers and to it.")
     parser.add_argument(
         "src",

@@ -168,6 +168,7 @@ def _check(where: str, config: Mapping[str, Any], key: str, wanted: Any) -> None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command: reads a CLIPModel and writes a model."""
     parser = argparse.ArgumentParser(description="CLIP to a model of this package.")
     parser.add_argument("src", help="folder of a transformers CLIPModel")
     parser.add_argument("dst", help="directory of the model to write")

@@ -160,6 +160,7 @@ def read_keep(path: str | Path) -> set[str]:
 
 
 def as_list(caption: str | list[str]) -> list[str]:
+    """The captions of an example, which may have one or several."""
     return [caption] if isinstance(caption, str) else caption
 
 

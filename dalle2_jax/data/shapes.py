@@ -44,6 +44,8 @@ SLANT = 0.5  # greatest offset across the relation's axis, as a part of that alo
 
 
 class Thing(NamedTuple):
+    """A shape to be drawn, by its words in SIZES, COLOURS and SHAPES."""
+
     size: str
     colour: str
     shape: str
@@ -60,6 +62,8 @@ class Scene(NamedTuple):
 
 
 class Place(NamedTuple):
+    """Where a thing is, in sides of the picture from its upper left corner."""
+
     x: float
     y: float
     radius: float
@@ -123,6 +127,7 @@ def contrasting(scene: Scene, rng: np.random.Generator, count: int) -> list[Scen
 
 
 def is_held_out(thing: Thing) -> bool:
+    """Whether it is kept from training, of whatever size it is."""
     return (thing.colour, thing.shape) in HELD_OUT
 
 

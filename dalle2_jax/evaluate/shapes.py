@@ -391,6 +391,7 @@ class Rate(NamedTuple):
 
 
 def rate(right: Sequence[bool]) -> Rate:
+    """How often it is right of what was judged, at least once."""
     z, n, p = 1.959964, len(right), sum(right) / len(right)
     centre = p + z**2 / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
@@ -446,6 +447,7 @@ def draw_gallery(verdicts: Sequence[Verdict], columns: int = 8) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command: samples, judges, prints the table and writes the report."""
     parser = argparse.ArgumentParser(
         prog="python -m dalle2_jax.evaluate.shapes", description=__doc__.splitlines()[0]
     )

@@ -402,6 +402,7 @@ def slerp(
 
 
 def unit(x: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
+    """The vectors at length 1."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 

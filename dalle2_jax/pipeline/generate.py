@@ -181,6 +181,7 @@ def of_prompts(
 
 
 def tokenize(model: Model, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
+    """The captions' tokens, cut or padded to the length that the model's CLIP reads."""
     return model.tokenizer.encode(list(texts), model.clip.network.context_length)
 
 
@@ -331,6 +332,7 @@ def _which_prior(model: Model, prior: str | None) -> str:
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
+    """A UserError where there is no prompt, or one that says nothing."""
     if not prompts:
         raise UserError("no prompt: give at least one caption")
     for prompt in prompts:
@@ -339,6 +341,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def check(num: int, seed: int) -> None:
+    """A UserError where so many pictures, or this seed, can't be."""
     if num < 1:
         raise UserError(f"num={num}: the number of pictures must be at least 1")
     if not 0 <= seed < 2**32:
