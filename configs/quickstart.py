@@ -17,14 +17,14 @@ from configs import clip, decoder, prior, upsampler
 from configs.common import row
 
 STAGES = {"clip": clip, "prior": prior, "decoder": decoder, "upsampler": upsampler}
-# The row and the number of steps of each stage.
+# The row of each stage, and a number of steps in place of the row's.
 SIZES = {
     "tiny": {name: ("tiny", 8) for name in STAGES},
     "quick": {
         "clip": ("small", 850),
         "prior": ("small", 250),
-        "decoder": ("quick", 1250),
-        "upsampler": ("quick", 150),
+        "decoder": ("quick", None),
+        "upsampler": ("quick", None),
     },
     "small": {
         "clip": ("small", 1500),
@@ -45,11 +45,13 @@ def get_config(size: str = "quick") -> ConfigDict:
     for name, module in STAGES.items():
         stage_size, steps = stages[name]
         config[name] = module.get_config(stage_size)
-        config[name].steps = steps
+        if steps is not None:
+            config[name].steps = steps
         data = config[name].data
         data.update(
             {key: config.data.get_ref(key) for key in ("source", "path", "keep")}
         )
         data.mixture.parts = config.data.mixture.get_ref("parts")
-        config[name].optim.warmup = min(config[name].optim.warmup, steps // 5)
+        optim = config[name].optim
+        optim.warmup = min(optim.warmup, config[name].steps // 5)
     return config
