@@ -69,6 +69,11 @@ class Bucket(fsspec.AbstractFileSystem):
     def ls(self, path, detail=True, **kwargs):
         return [self.info(name) if detail else name for name in self.files]
 
+    def cat_file(self, path, version_id=None, start=None, end=None, **kwargs):
+        """With its arguments in the order of s3fs's."""
+        assert version_id is None
+        return super().cat_file(path, start=start, end=end, **kwargs)
+
     def _open(self, path, mode="rb", **options):
         options.pop("autocommit")
         return BucketFile(self, path, mode, **options)

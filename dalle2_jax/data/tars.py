@@ -90,7 +90,7 @@ def _read(fs, shard: str, begin: int, end: int) -> bytes:
     from fsspec.implementations.local import LocalFileSystem
 
     if not isinstance(fs, LocalFileSystem):
-        return fs.cat_file(shard, begin, end)
+        return fs.cat_file(shard, start=begin, end=end)
     with open(shard, "rb", buffering=0) as file:  # with less ado than fsspec
         file.seek(begin)
         return file.read(end - begin)
