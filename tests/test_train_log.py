@@ -147,6 +147,16 @@ def test_wandb_without_its_package(tmp_path, monkeypatch):
         make(tmp_path, wandb="p")
 
 
+def test_wandb_without_an_account(tmp_path, monkeypatch):
+    def init(**options):
+        raise LookupError("No API key configured.")
+
+    fake = SimpleNamespace(init=init, Error=LookupError)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match="wandb='p': No API key .*WANDB_MODE=offline"):
+        make(tmp_path, wandb="p")
+
+
 def test_other_processes_say_and_write_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with make(tmp_path, tensorboard=True) as log:

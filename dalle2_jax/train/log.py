@@ -224,9 +224,15 @@ def _wandb(workdir: Path, name: str, project: str) -> Any:
     if not path.exists():
         path.write_text(secrets.token_hex(4))
     identity = path.read_text()
-    return wandb.init(
-        project=project, name=name, id=identity, resume="allow", dir=str(workdir)
-    )
+    try:
+        return wandb.init(
+            project=project, name=name, id=identity, resume="allow", dir=str(workdir)
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"wandb={project!r}: {first_line(error)}; with WANDB_MODE=offline it needs "
+            "no account and no network"
+        ) from error
 
 
 def _line(values: Mapping[str, float | int]) -> str:
