@@ -1,5 +1,6 @@
 """How the processes of a run find each other; two real ones, through train.py."""
 
+import importlib.util
 import json
 import os
 import re
@@ -87,6 +88,31 @@ def test_a_pod_of_kubernetes_is_alone_unless_in_a_job(job, monkeypatch, initiali
         monkeypatch.setenv(name, value)
     cluster.join()
     assert len(initialize) == len(job)
+
+
+@pytest.mark.parametrize(
+    "variables, method",
+    [
+        ({}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpi4py"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "4096.0"}, None),
+    ],
+)
+def test_open_mpi_of_any_version(variables, method, monkeypatch, initialize):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    if method is None:
+        cluster.join()
+    else:
+        with pytest.raises(UserError, match="pip install 'dalle2_jax.mpi.'"):
+            cluster.join()
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+        cluster.join()
+    assert [options for _, options in initialize] == [
+        {"cluster_detection_method": method}
+    ]
 
 
 def test_half_of_jaxs_variables():

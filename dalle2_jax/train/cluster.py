@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import functools
+import importlib.util
 import itertools
 import os
 import re
@@ -60,7 +61,7 @@ def join(
                 coordinator,
                 num_processes,
                 process_id,
-                cluster_detection_method=None if missing else "deactivate",
+                cluster_detection_method=_method() if missing else "deactivate",
             )
     except (ValueError, RuntimeError, OSError) as error:
         alone = missing and "coordinator_address should be defined" in str(error)
@@ -145,6 +146,22 @@ def _in_pod() -> bool:
     return "KUBERNETES_SERVICE_HOST" in os.environ and not (
         {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} & os.environ.keys()
     )
+
+
+def _method() -> str | None:
+    """How JAX is to find the processes out; None for all ways that it tries by itself.
+
+    Of those that Open MPI has started since its version 5 it must ask MPI.
+    """
+    several = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    if not several or "OMPI_MCA_orte_hnp_uri" in os.environ:
+        return None
+    if importlib.util.find_spec("mpi4py") is None:
+        raise UserError(
+            "this process is one of several that Open MPI has started, which find each "
+            "other by mpi4py: pip install 'dalle2_jax[mpi]'"
+        )
+    return "mpi4py"
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
