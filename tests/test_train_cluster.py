@@ -84,35 +84,51 @@ def test_alone_where_nothing_has_started_it():
 @pytest.mark.parametrize("job", [{}, {"JOB_COMPLETION_INDEX": "0"}])
 def test_a_pod_of_kubernetes_is_alone_unless_in_a_job(job, monkeypatch, initialize):
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # of a topology
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
     for name, value in {"KUBERNETES_SERVICE_HOST": "10.0.0.1", **job}.items():
         monkeypatch.setenv(name, value)
     cluster.join()
     assert len(initialize) == len(job)
 
 
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2"}
+A_JOB = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+
+
 @pytest.mark.parametrize(
-    "variables, method",
+    "variables, package, method",
     [
-        ({}, None),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpi4py"),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "4096.0"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None, None),
+        (OPEN_MPI, "dalle2_jax.mpi", "mpi4py"),
+        ({**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "4096.0"}, None, None),
+        ({**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "host:1"}, None, None),
+        (A_JOB, "dalle2_jax.k8s", None),
+        ({**A_JOB, "TPU_WORKER_HOSTNAMES": "a,b"}, None, None),
     ],
 )
-def test_open_mpi_of_any_version(variables, method, monkeypatch, initialize):
+def test_what_needs_a_package_to_be_found_out(
+    variables, package, method, monkeypatch, initialize
+):
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # of a topology
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    if method is None:
-        cluster.join()
-    else:
-        with pytest.raises(UserError, match="pip install 'dalle2_jax.mpi.'"):
+    if package:
+        with pytest.raises(UserError, match=f"pip install '{package}.'"):
             cluster.join()
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    cluster.join()
+    ((_, options),) = initialize
+    assert options == {"cluster_detection_method": method}
+
+
+def test_what_is_found_out_may_fail_in_any_way(monkeypatch):
+    def refuse(*arguments, **options):
+        raise LookupError("Service host/port is not set.\nMore of it")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    with pytest.raises(UserError, match="cannot join .*host/port is not set.; .*"):
         cluster.join()
-    assert [options for _, options in initialize] == [
-        {"cluster_detection_method": method}
-    ]
 
 
 def test_half_of_jaxs_variables():

@@ -55,15 +55,17 @@ def join(
         return
     if not missing:
         _check(**given)
+    method = _method() if missing else "deactivate"
     try:
         with warnings.catch_warnings(action="ignore"):
             jax.distributed.initialize(
                 coordinator,
                 num_processes,
                 process_id,
-                cluster_detection_method=_method() if missing else "deactivate",
+                cluster_detection_method=method,
             )
-    except (ValueError, RuntimeError, OSError) as error:
+    # Kubernetes and MPI raise errors of their own.
+    except Exception as error:
         alone = missing and "coordinator_address should be defined" in str(error)
         if not alone:
             raise UserError(
@@ -151,17 +153,30 @@ def _in_pod() -> bool:
 def _method() -> str | None:
     """How JAX is to find the processes out; None for all ways that it tries by itself.
 
-    Of those that Open MPI has started since its version 5 it must ask MPI.
+    Those that Open MPI has started since its version 5 are to ask MPI.
+
+    Raises:
+        UserError: a package is missing, without which each would run alone.
     """
-    several = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
-    if not several or "OMPI_MCA_orte_hnp_uri" in os.environ:
+    variables = os.environ.keys()
+    if "JAX_COORDINATOR_ADDRESS" in variables:
         return None
-    if importlib.util.find_spec("mpi4py") is None:
+    several = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    if several and "OMPI_MCA_orte_hnp_uri" not in variables:
+        _require("mpi4py", "mpi", "several that Open MPI has started")
+        return "mpi4py"
+    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= variables:
+        if "TPU_WORKER_HOSTNAMES" not in variables:
+            _require("kubernetes", "k8s", "an indexed Job of Kubernetes")
+    return None
+
+
+def _require(package: str, extra: str, group: str) -> None:
+    if importlib.util.find_spec(package) is None:
         raise UserError(
-            "this process is one of several that Open MPI has started, which find each "
-            "other by mpi4py: pip install 'dalle2_jax[mpi]'"
+            f"this process is one of {group}, which find each other by {package}: pip "
+            f"install 'dalle2_jax[{extra}]', or tell it --num_processes=1"
         )
-    return "mpi4py"
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
