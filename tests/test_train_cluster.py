@@ -7,6 +7,8 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -52,9 +54,46 @@ def test_what_cannot_be_joined(arguments, message, initialize):
 
 
 def test_three_flags_leave_nothing_to_be_found_out(initialize):
-    cluster.join("host:1234", 2, 1)
+    coordinator = f"localhost:{free_port()}"
+    cluster.join(coordinator, 2, 0)
     options = {"cluster_detection_method": "deactivate"}
-    assert initialize == [(("host:1234", 2, 1), options)]
+    assert initialize == [((coordinator, 2, 0), options)]
+
+
+def test_a_port_that_is_taken(initialize):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        message = f"process 0 cannot listen at port {port}: .*; give another"
+        with pytest.raises(UserError, match=message):
+            cluster.join(f"localhost:{port}", 2, 0)
+        assert not initialize
+        cluster.join(f"localhost:{port}", 2, 1)  # where somebody listens
+    assert len(initialize) == 1
+    with pytest.raises(UserError, match="cannot listen at port 99999"):
+        cluster.join("localhost:99999", 2, 0)
+
+
+def test_process_0_may_come_late_or_never(capsys):
+    port = free_port()
+    with pytest.raises(UserError, match="process 0 is not there after . s: .*refused"):
+        cluster._reach(f"localhost:{port}", patience=0.2)
+    capsys.readouterr()
+
+    def appear():
+        time.sleep(0.5)
+        late.bind(("localhost", port))
+        late.listen()
+
+    with socket.socket() as late:
+        late.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        thread = threading.Thread(target=appear)
+        thread.start()
+        cluster._reach(f"localhost:{port}", patience=30.0, silence=0.0)
+        thread.join()
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"waiting for process 0 at localhost:{port}: .*\n", said)
 
 
 def test_alone_by_a_flag(initialize):

@@ -7,7 +7,9 @@ import importlib.util
 import itertools
 import os
 import re
+import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -55,6 +57,8 @@ def join(
         return
     if not missing:
         _check(**given)
+        # Where one can't, JAX takes the process down without a word for its user.
+        (_reach if process_id else _listen)(coordinator)
     method = _method() if missing else "deactivate"
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -191,3 +195,42 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
             f"--process_id={process_id} must be from 0 to {num_processes - 1}, below "
             f"--num_processes={num_processes}"
         )
+
+
+def _listen(coordinator: str) -> None:
+    """A UserError where process 0 can't listen."""
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"--coordinator={coordinator}: process 0 cannot listen at port {port}: "
+                f"{first_line(error)}; give another one"
+            ) from error
+
+
+def _reach(coordinator: str, patience: float = 300.0, silence: float = 5.0) -> None:
+    """Waits until process 0 listens, and says so after a silence.
+
+    Raises:
+        UserError: it doesn't in so many seconds.
+    """
+    host, _, port = coordinator.rpartition(":")
+    start, told = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except (OSError, OverflowError) as error:
+            waited, problem = time.monotonic() - start, first_line(error)
+        if waited >= patience:
+            raise UserError(
+                f"--coordinator={coordinator}: process 0 is not there after "
+                f"{waited:.0f} s: {problem}"
+            )
+        if waited >= silence and not told:
+            told = True
+            print(f"waiting for process 0 at {coordinator}: {problem}", file=sys.stderr)
+        time.sleep(0.5)
