@@ -16,7 +16,7 @@ from PIL import Image
 
 import dalle2_jax
 from dalle2_jax.data import image, shapes
-from dalle2_jax.evaluate import shapes as checker
+from dalle2_jax.evaluate import judge as checker
 from dalle2_jax.train.cache import use_compilation_cache
 
 STEPS = {"decoder": 50}
