@@ -1,4 +1,4 @@
-"""Several processes as one run: found out, or told by flags; and how they meet."""
+"""Several processes as one run: found out, or told by flags; how they meet and part."""
 
 import atexit
 import contextlib
