@@ -44,6 +44,11 @@ def test_a_part_is_taken_of_the_image_only():
         np.testing.assert_array_equal(part, whole[y : y + 4, x : x + 4])
 
 
+def test_without_an_image_no_part_is_taken():
+    for row in make(Rows({"clip_image": 16}, crop_fraction=0.25), 2):
+        assert row["clip_image"].shape == (16, 16, 3)
+
+
 def test_all_pictures_of_a_row_are_of_one_square():
     sizes = {"image": 16, "small": 4}
     for row in make(Rows(sizes, crop="random", flip=True)):

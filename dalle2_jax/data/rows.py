@@ -82,7 +82,7 @@ class Rows(NamedTuple):
         pictures = {name: square(size) for name, size in self.sizes.items()}
         if self.flip and rng.random() < 0.5:
             pictures = {name: picture[:, ::-1] for name, picture in pictures.items()}
-        if self.crop_fraction < 1:
+        if self.crop_fraction < 1 and "image" in pictures:
             side = round(self.sizes["image"] * self.crop_fraction)
             pictures["image"] = _random_part(pictures["image"], side, rng)
         if self.degrade is not None:
