@@ -40,7 +40,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     # Imported late, so that a mistake in the flags is told at once.
     import jax
 
-    from dalle2_jax import checkpoint, stages
+    from dalle2_jax import checkpoint, parts
     from dalle2_jax.train import loop
 
     if "stages" in config:
@@ -53,7 +53,7 @@ def train(config: ConfigDict, workdir: Path) -> bool:
         if jax.process_index() == 0:
             checkpoint.copy(base, workdir / "model")
         return True
-    stage = stages.make(config)
+    stage = parts.make_stage(config)
     state = loop.train(
         stage,
         config,

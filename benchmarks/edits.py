@@ -174,7 +174,8 @@ def main(parts, about: str) -> None:
     parser.add_argument("--model", default=None)
     flags = parser.parse_args()
     use_compilation_cache()
-    model = dalle2_jax.load(*filter(None, [flags.model]))._replace(upsamplers=())
+    model = dalle2_jax.load(*filter(None, [flags.model]))
+    model = model.up_to(model.decoder.size)
     for name in flags.parts or parts:
         parts[name](model)
 

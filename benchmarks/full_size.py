@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs
 
-from dalle2_jax import checkpoint, stages
+from dalle2_jax import checkpoint, parts
 from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.nn import abstract
 from dalle2_jax.nn.clip import CLIP
@@ -39,9 +39,9 @@ def karlo(
       eot: id of the end of a text.
     """
     configs = {name: get_config(name) for name in ("prior", "decoder", "upsampler")}
-    clip = stages.clip.network(get_config("clip", "vit_l_14"), OPENAI) | {"eot": eot}
-    prior = stages.prior.network(configs["prior"], clip)
-    decoder = stages.decoder.network(configs["decoder"], clip)
+    clip = parts.clip.arguments(get_config("clip", "vit_l_14"), OPENAI) | {"eot": eot}
+    prior = parts.prior.arguments(configs["prior"], clip)
+    decoder = parts.decoder.arguments(configs["decoder"], clip)
     upsampler = configs["upsampler"].net.to_dict()
     networks = {
         "clip": (CLIP(**clip), {"net": clip}),

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from full_size import get_config
 
+from dalle2_jax import parts
 from dalle2_jax.planning import blueprint, estimate, topology
 from dalle2_jax.train import mesh
 
@@ -32,7 +33,7 @@ def measure(row: str, device: jax.Device) -> str:
     config = get_config(stage_name, size)
     if batch_size:
         config.batch_size = int(batch_size[0])
-    clip = blueprint.clip_net(get_config("clip", "vit_l_14"))
+    clip = parts.clip.arguments(get_config("clip", "vit_l_14"), None)
     program = blueprint.train(config, clip, mesh.make(devices=[device]), {})
     state, frozen, _ = program.arguments
     cells = [

@@ -28,8 +28,8 @@ import dalle2_jax
 from dalle2_jax.data import shapes
 from dalle2_jax.evaluate import shapes as checker
 from dalle2_jax.nn import ar_prior
+from dalle2_jax.parts import prior
 from dalle2_jax.pipeline.encode import encode_caption
-from dalle2_jax.stages import prior
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs
 from configs import prior as prior_config  # noqa: E402
@@ -79,12 +79,11 @@ def variance(model) -> None:
     config = prior_config.get_config("base")
     config.init_from, config.base = model.path, ""
     _, error = prior.measure_x0_error(config, 64)
-    model = model._replace(x0_error=error)
+    model = model._replace(statistics={**model.statistics, "prior_x0_error": error})
     scenes, pictures = rendered(2048)
     z = dalle2_jax.encode_image(model, pictures)
     captions = [shapes.caption(s) for s in scenes[:1024]]
     real, others = z[:1024], z[1024:]
-    part = model.prior
     print(f"variance: other pictures' embeddings: {frechet(real, others):.2%}")
     samplers = {
         "fixed small": {"variance": None, "last_std": 0.0},
@@ -93,13 +92,11 @@ def variance(model) -> None:
     }
     print("| variance | 8 steps | 16 | 32 | 64 |\n| --- | --- | --- | --- | --- |")
     for name, changes in samplers.items():
-        changed = part.replace(sampling=part.sampling.copy(changes))
+        changed = model.with_sampling(prior=changes)
         found = [
             frechet(
                 real,
-                dalle2_jax.embed(
-                    model._replace(prior=changed), captions, steps={"prior": steps}
-                ),
+                dalle2_jax.embed(changed, captions, steps={"prior": steps}),
             )
             for steps in (8, 16, 32, 64)
         ]

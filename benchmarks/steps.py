@@ -23,10 +23,10 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for configs
 
-from dalle2_jax import stages
+from dalle2_jax import parts
 from dalle2_jax.nn.clip import CLIP
+from dalle2_jax.parts import Stage
 from dalle2_jax.planning import blueprint
-from dalle2_jax.stages import Stage
 from dalle2_jax.train import measure, optim, update
 from dalle2_jax.train import mesh as meshes
 
@@ -110,7 +110,7 @@ def make_stage(config: ConfigDict, clip: Mapping[str, Any]) -> Stage:
     config.update(dict(base="", init_from="hollow"))
     with tempfile.TemporaryDirectory() as folder:
         export = blueprint.hollow(config, clip, folder)
-        return stages.make(config, lambda path: export)
+        return parts.make_stage(config, lambda path: export)
 
 
 def make_batch(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, np.ndarray]:

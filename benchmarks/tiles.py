@@ -23,28 +23,34 @@ from configs import upsampler
 from dalle2_jax.data import image, shapes
 from dalle2_jax.nn import abstract
 from dalle2_jax.nn.unet import UNet
-from dalle2_jax.pipeline import generate, loops
-from dalle2_jax.pipeline.models import Part
+from dalle2_jax.parts import part
+from dalle2_jax.parts import upsampler as upsampling
+from dalle2_jax.parts.component import Component, Inputs
+from dalle2_jax.pipeline import generate
+from dalle2_jax.planning import blueprint
 
 
 def memory() -> None:
     """A line for each tile of the paper's second upsampler."""
     config = upsampler.get_config("paper_1024")
     network = UNet(**freeze(config.net.to_dict()))
-    part = Part(
+    component = Component(
         params=abstract(network),
         network=network,
         diffusion=freeze(config.diffusion.to_dict()),
-        sampling=freeze(config.sampling.to_dict()),
         size=config.size,
         low_size=config.low_size,
     )
     low = jax.ShapeDtypeStruct((1, config.low_size, config.low_size, 3), jnp.float32)
     keys = jax.eval_shape(lambda: generate.picture_keys(0, 1))
-    sample = jax.jit(loops.sample_upsampler.__wrapped__)
+    sampler = upsampling.SAMPLER
+    sampling = sampler.make_sampling(component, [config.sampling.to_dict()])
+    steps = sampler.steps(component, sampling)
+    sample = jax.jit(blueprint.sampling_loop(sampler, steps))
     print("| tile | overlap | temporary |\n|---|---|---|", flush=True)
     for tile, overlap in ((None, 0), (512, 128), (256, 64), (128, 32)):
-        lowered = sample.lower(part.replace(tile=tile, overlap=overlap), low, keys)
+        tiled = component.replace(tile=tile, overlap=overlap)
+        lowered = sample.lower(tiled, sampling, Inputs(low=low, randomness=keys))
         # Compilers take long over how fast it is, which is not asked here.
         compiled = lowered.compile(
             compiler_options={"xla_backend_optimization_level": 0}
@@ -61,12 +67,15 @@ def pictures(count: int = 8) -> None:
         image.to_float(np.stack([shapes.render(s, side) for s in scenes]))
         for side in (32, 128)
     )
-    part = dalle2_jax.load().upsamplers[0]
+    model = dalle2_jax.load()
+    component = model.components["upsampler_128"]
+    settings = [model.sampling["upsampler_128"]] * count
     keys = generate.picture_keys(0, count)
 
     def draw(tile: int | None, overlap: int) -> np.ndarray:
-        tiled = part.replace(tile=tile, overlap=overlap)
-        x = loops.sample_upsampler(tiled, jnp.asarray(low), keys)
+        tiled = component.replace(tile=tile, overlap=overlap)
+        inputs = Inputs(low=jnp.asarray(low), randomness=keys)
+        x = part.sample(upsampling.SAMPLER, tiled, settings, inputs)
         return np.asarray(x).clip(-1, 1) * 127.5
 
     whole = draw(None, 0)

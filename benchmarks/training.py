@@ -41,7 +41,7 @@ import steps
 from full_size import get_config
 from ml_collections import ConfigDict
 
-from dalle2_jax.planning import blueprint
+from dalle2_jax import parts
 from dalle2_jax.train import measure
 
 
@@ -413,7 +413,7 @@ def parse(name: str) -> tuple[ConfigDict, dict[str, Any]]:
             pass  # a string
         config.update_from_flattened_dict({key: value})
     clip = get_config("clip", "tiny" if size == "tiny" else "vit_l_14")
-    return config, blueprint.clip_net(clip)
+    return config, parts.clip.arguments(clip, None)
 
 
 # Writing it down.

@@ -53,15 +53,14 @@ def clip_net(config: ConfigDict) -> dict[str, Any] | None:
     Raises:
       UserError: there is none of these.
     """
-    from dalle2_jax import checkpoint, stages
-    from dalle2_jax.planning import blueprint
+    from dalle2_jax import checkpoint, parts
 
     if config.stage == "upsampler":
         return None
     if config.stage == "clip":
-        return blueprint.clip_net(config)
+        return parts.clip.arguments(config, None)
     if CLIP.value is None and (config.base or config.init_from):
-        base, _ = stages.stage.load_models(
+        base, _ = parts.stage.load_models(
             config, lambda path: checkpoint.load(path, only=("clip",))
         )
         return base.config["parts"]["clip"]["net"]
@@ -75,7 +74,7 @@ def clip_net(config: ConfigDict) -> dict[str, Any] | None:
                 f"{file} doesn't say which CLIP it builds on: give one, as "
                 "--clip=configs/clip.py:vit_l_14, or a trained one with --config.base"
             ) from error
-    return blueprint.clip_net(CLIP.value)
+    return parts.clip.arguments(CLIP.value, None)
 
 
 def main() -> None:

@@ -31,7 +31,11 @@ def compiler_options() -> dict[str, str]:
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` with these options, which depend on the device: known at a call."""
+    """`jax.jit` with these options, which depend on the device: known at a call.
+
+    Within another jitted function it is the plain function: options are for the whole
+    program.
+    """
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
@@ -39,6 +43,9 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
+        leaves = jax.tree.leaves(arguments)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return function(*arguments)
         return compiled()(*arguments)
 
     return call

@@ -14,7 +14,7 @@ import dalle2_jax
 from configs import prior as configs_prior
 from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
-from dalle2_jax.stages import prior
+from dalle2_jax.parts import prior
 from tests.tiny import make_stage
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +96,9 @@ def test_the_command(tiny_models, error, tmp_path):
     np.testing.assert_allclose(after.statistics["prior_x0_error"], error, rtol=1e-3)
     assert after.config["parts"]["prior"]["sampling"]["variance"] == "analytic"
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
-    assert dalle2_jax.load(tmp_path / "out").x0_error.shape == (1000,)
+    assert dalle2_jax.load(tmp_path / "out").statistics["prior_x0_error"].shape == (
+        1000,
+    )
 
 
 CONFIG = "--config=configs/prior.py:tiny"

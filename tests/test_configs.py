@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 from ml_collections import ConfigDict
 
-from dalle2_jax import stages
+from dalle2_jax import parts
 from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.diffusion import schedule
 from dalle2_jax.errors import UserError
@@ -69,7 +69,7 @@ def clip_net(size):
     rows = {"karlo": "vit_l_14", "karlo_lean": "vit_l_14"}
     rows |= {"quick": "small", "small_inpaint": "small"}
     size = rows.get(size, size)
-    return stages.clip.network(module("clip").get_config(size), TOKENIZER)
+    return parts.clip.arguments(module("clip").get_config(size), TOKENIZER)
 
 
 @cache
@@ -80,11 +80,11 @@ def params(stage, size):
         case "clip":
             model = CLIP(**clip_net(size))
         case "prior":
-            model = DiffusionPrior(**stages.prior.network(config, clip_net(size)))
+            model = DiffusionPrior(**parts.prior.arguments(config, clip_net(size)))
         case "ar_prior":
-            model = ARPrior(**stages.ar_prior.network(config, clip_net(size)))
+            model = ARPrior(**parts.ar_prior.arguments(config, clip_net(size)))
         case "decoder":
-            model = Decoder(**stages.decoder.network(config, clip_net(size)))
+            model = Decoder(**parts.decoder.arguments(config, clip_net(size)))
         case "upsampler":
             model = UNet(**config.net)
     return abstract(model)

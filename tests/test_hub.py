@@ -27,7 +27,7 @@ def leaves(model):
 
 def test_a_pipeline_of_diffusers(karlo):
     model = dalle2_jax.load(karlo)
-    assert model.sizes == (8, 16) and model.z_image_mean.shape == (16,)
+    assert model.sizes == (8, 16) and model.statistics["z_image_mean"].shape == (16,)
     assert model.upsamplers[0].last is not None
     assert {x.dtype for x in leaves(model)} == {jnp.dtype("float32")}
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.nn.ar_prior import ARPrior, sample
+from dalle2_jax.nn import ar_prior
+from dalle2_jax.nn.ar_prior import ARPrior
 from dalle2_jax.nn.clip import Caption
 
 TINY = dict(
@@ -52,17 +53,19 @@ def logits(params, codes, dot_product, caption, dtype=jnp.float32, remat=False):
     return network.apply({"params": params}, codes, dot_product, *conditions)
 
 
-@partial(jax.jit, static_argnames=("guidance", "temperature"))
+@partial(jax.jit, static_argnames="guided")
+def _draw(params, caption, null, draw, guided):
+    shown = ar_prior.pair(caption, null) if guided else caption
+    draw = draw if guided else draw._replace(guidance=None)
+    state = ar_prior.begin(NETWORK, params, shown, draw.keys)
+    for i in range(NETWORK.components - 1):
+        state = ar_prior.step(NETWORK, params, shown.mask, state, jnp.int32(i), draw)
+    return ar_prior.draw_code(state, NETWORK.components - 1, draw)
+
+
 def draw(params, caption, null, keys, guidance=1.0, temperature=1.0):
-    return sample(
-        NETWORK,
-        params,
-        caption,
-        null,
-        keys,
-        guidance=guidance,
-        temperature=temperature,
-    )
+    several = [jnp.full(len(keys), x, jnp.float32) for x in (temperature, guidance)]
+    return _draw(params, caption, null, ar_prior.Draw(keys, *several), guidance != 1)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def same(a, b):
 
 def test_inversion_and_decoding_give_the_picture_back(pictures):
     # The bundled model: at the last step one that is not trained forgets the picture.
-    model = dalle2_jax.load()._replace(upsamplers=())
+    model = dalle2_jax.load().up_to(32)
     base = np.stack([image.square(p, model.decoder.size) for p in pictures])
     quality = [
         psnr(edit.reconstruct(model, pictures, steps={"decoder": steps}), base)
@@ -102,7 +102,7 @@ def test_pca_goes_from_the_mean_embedding_to_the_picture(model, pictures):
     z = dalle2_jax.encode_image(model, pictures[0])
     others = np.random.default_rng(1).normal(size=(100, 32)).astype(np.float32)
     table = codes.fit(np.concatenate([z, others]), 32)
-    known = model._replace(codes=table)
+    known = model._replace(statistics={"ar_prior": table._asdict()})
     views = edit.pca(known, pictures[0], components=[0, 32], **STEPS)
     ends = edit.decode(model, np.stack([table.mean, z[0]]), **STEPS)
     assert same(views, ends)
@@ -166,7 +166,8 @@ def test_what_cannot_be_done_is_told(model, pictures, tmp_path):
     refuse(lambda: edit.text_diff(model, a, "", RED), "empty")
     refuse(lambda: edit.text_diff(model, a, RED, BLUE, direction="up"), "'up'")
     refuse(lambda: edit.pca(model, a), "no principal components", "ar_prior")
-    known = model._replace(codes=codes.fit(np.eye(32, dtype=np.float32), 4))
+    table = codes.fit(np.eye(32, dtype=np.float32), 4)
+    known = model._replace(statistics={"ar_prior": table._asdict()})
     refuse(lambda: edit.pca(known, a, components=[5]), "[5]", "0 to 4")
     refuse(lambda: edit.blend(model), "nothing to blend")
     refuse(lambda: edit.blend(model, [a], weights=[1, 2]), "give 1 positive")

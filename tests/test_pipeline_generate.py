@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import dalle2_jax
+from dalle2_jax import parts
 from dalle2_jax.errors import UserError
-from dalle2_jax.pipeline import generate, loops
+from dalle2_jax.parts.component import Inputs
+from dalle2_jax.parts.part import sample
+from dalle2_jax.pipeline import generate
 
 RED, BLUE = "a small red circle", "a large blue star on a black background"
 
@@ -15,6 +18,12 @@ RED, BLUE = "a small red circle", "a large blue star on a black background"
 @pytest.fixture(scope="module")
 def model(tiny_models):
     return dalle2_jax.load(tiny_models["upsampler"])
+
+
+def upsample(model, component, low, keys):
+    settings = [model.sampling["upsampler_32"]] * len(low)
+    inputs = Inputs(low=low, randomness=keys)
+    return sample(parts.upsampler.SAMPLER, component, settings, inputs)
 
 
 def assert_same_pictures(a, b):
@@ -45,9 +54,8 @@ def test_a_picture_does_not_depend_on_the_devices(model):
     alone = model._replace(devices=one)
     for part in ("clip", "prior", "decoder"):
         moved = jax.device_put(getattr(model, part), jax.devices()[0])
-        alone = alone._replace(**{part: moved})
-    alone = alone._replace(upsamplers=())
-    model = model._replace(upsamplers=())
+        alone = alone.replace(**{part: moved})
+    alone, model = alone.up_to(16), model.up_to(16)
     assert_same_pictures(
         dalle2_jax.text_to_image(alone, RED, num=3),
         dalle2_jax.text_to_image(model, RED, num=3),
@@ -77,9 +85,8 @@ def test_the_upsampler_sees_the_small_picture(model):
     """Its low-resolution input, downsized again, is what it was given."""
     low = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)))
     keys = generate.picture_keys(0, 2)
-    part = model.upsamplers[0]
-    first = loops.sample_upsampler(part, jnp.float32(low), keys)
-    other = loops.sample_upsampler(part, -jnp.float32(low), keys)
+    first = upsample(model, model.upsamplers[0], jnp.float32(low), keys)
+    other = upsample(model, model.upsamplers[0], -jnp.float32(low), keys)
     assert np.abs(first - other).max() > 0.1
 
 
@@ -90,8 +97,8 @@ def test_few_pictures_are_split_over_the_devices(model):
     arguments = jnp.float32(low), generate.picture_keys(0, 2)
     split = generate.in_strips(part, model.devices, 2)
     assert split.strips is not None
-    whole = loops.sample_upsampler(part, *arguments)
-    strips = loops.sample_upsampler(split, *arguments)
+    whole = upsample(model, part, *arguments)
+    strips = upsample(model, split, *arguments)
     assert strips.sharding.shard_shape(strips.shape) == (2, 4, 32, 3)
     np.testing.assert_allclose(strips, whole, atol=1e-4)
     for other, count in (

@@ -14,7 +14,7 @@ from dalle2_jax.errors import UserError
 def test_parts_with_their_settings(tiny_models):
     model = dalle2_jax.load(tiny_models["upsampler"])
     assert model.decoder.size == 16 and model.upsamplers[0].low_size == 16
-    assert model.prior.sampling["steps"] == 4
+    assert model.sampling["prior"]["steps"] == 4
     assert model.decoder.diffusion["predict"] == "x0"
     on_disk = checkpoint.load(tiny_models["upsampler"]).params["decoder"]
     kernel = model.decoder.params["net"]["conv_in"]["kernel"]

@@ -43,7 +43,7 @@ def test_a_decoder_trained_to_inpaint_is_shown_what_stays(model, pictures):
     params = jax.tree.map(np.float32, params)
     trained = model.decoder.replace(network=network, params=params)
     assert network.inpaints
-    trained = model._replace(decoder=trained)
+    trained = model.replace(decoder=trained)
     mask = np.zeros((48, 48), np.uint8)
     mask[:, 24:] = 255
     left, right = (paint.inpaint(trained, p, mask, RED, size=16) for p in pictures)

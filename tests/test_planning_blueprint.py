@@ -7,15 +7,14 @@ import pytest
 
 import dalle2_jax
 from configs import clip as configs_clip
-from dalle2_jax import checkpoint, stages, xla
+from dalle2_jax import checkpoint, parts, xla
 from dalle2_jax.errors import UserError
-from dalle2_jax.pipeline import loops
 from dalle2_jax.planning import blueprint
 from dalle2_jax.train import loop, update
 from dalle2_jax.train import mesh as meshes
 
 STAGES = ("clip", "prior", "ar_prior", "decoder", "upsampler")
-CLIP = blueprint.clip_net(configs_clip.get_config("tiny"))
+CLIP = parts.clip.arguments(configs_clip.get_config("tiny"), None)
 
 
 def tiny(stage, **values):
@@ -42,7 +41,7 @@ def test_the_training_step_is_the_loops(stage, base, tmp_path, monkeypatch):
         return update
 
     monkeypatch.setattr(update, "jit_update", spy)
-    trained = stages.make(config)
+    trained = parts.make_stage(config)
     with pytest.raises(Lowered) as lowered:
         loop.train(
             trained,
@@ -96,9 +95,10 @@ def test_every_stage_but_clip_samples(stage):
     (out,) = jax.tree.leaves(program.traced.out_info)
     side = {"decoder": (16, 16, 3), "upsampler": (32, 32, 3)}
     assert out.shape == (16, *side.get(stage, (32,)))
-    part, *inputs = program.arguments
-    assert {x.sharding.is_fully_replicated for x in leaves(part)} == {True}
-    assert inputs[0] is None or not leaves(inputs)[0].sharding.is_fully_replicated
+    component, sampling, inputs = program.arguments
+    assert {x.sharding.is_fully_replicated for x in leaves(component)} == {True}
+    for x in leaves((sampling, inputs.replace(mean=None, std=None, codes=None))):
+        assert not x.sharding.is_fully_replicated
 
 
 def test_the_sampling_loop_is_the_pipelines():
@@ -106,10 +106,10 @@ def test_the_sampling_loop_is_the_pipelines():
     model = dalle2_jax.load()
     config = importlib.import_module("configs.upsampler").get_config("small")
     program = blueprint.sample(config, None, meshes.make(), {}, 8)
-    part, low, keys = program.arguments
-    theirs = jax.jit(loops.sample_upsampler.__wrapped__).trace(
-        model.upsamplers[0].replace(params=part.params), low, keys
-    )
+    component, sampling, inputs = program.arguments
+    theirs = jax.jit(
+        blueprint.sampling_loop(parts.upsampler.SAMPLER, program.repeats)
+    ).trace(model.upsamplers[0].replace(params=component.params), sampling, inputs)
     assert theirs.lower().as_text() == program.traced.lower().as_text()
 
 

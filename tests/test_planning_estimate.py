@@ -8,12 +8,13 @@ import jax
 import pytest
 
 from configs import clip as configs_clip
+from dalle2_jax import parts
 from dalle2_jax.errors import UserError
 from dalle2_jax.planning import blueprint, estimate, topology
 from dalle2_jax.planning.cost import Roofline
 
 ROOT = Path(__file__).parent.parent
-CLIP = blueprint.clip_net(configs_clip.get_config("tiny"))
+CLIP = parts.clip.arguments(configs_clip.get_config("tiny"), None)
 H100 = topology.CHIPS["h100"]
 
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import clip as configs_clip
-from dalle2_jax import checkpoint
+from dalle2_jax import checkpoint, parts
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import layers, unet
 from dalle2_jax.planning import blueprint, topology
@@ -127,7 +127,7 @@ WHOLE = {
 def test_every_large_kernel_of_the_paper(stage, tmp_path):
     size = "paper_256" if stage == "upsampler" else "paper"
     config = importlib.import_module(f"configs.{stage}").get_config(size)
-    clip = blueprint.clip_net(configs_clip.get_config("paper"))
+    clip = parts.clip.arguments(configs_clip.get_config("paper"), None)
     model = blueprint.hollow(config, clip, str(tmp_path))
     (params,) = (model.params[name] for name in model.params if stage in name)
     made = mesh.make(fsdp=2, tensor=2)

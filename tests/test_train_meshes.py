@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from dalle2_jax import stages
+from dalle2_jax import parts
 from dalle2_jax.train import loop
 from dalle2_jax.train import mesh as meshes
 
@@ -106,7 +106,7 @@ def main(workdir, changes, coordinator=None, processes=1, process=0):
     config.update(batch_size=16, log_every=1, eval_every=0, preview_every=0)
     # These networks have no array that is large.
     meshes.shardings = functools.partial(meshes.shardings, min_size=256)
-    stage = stages.make(config)
+    stage = parts.make_stage(config)
     loop.train(
         stage,
         config,

@@ -2,7 +2,7 @@
 
 import importlib
 
-from dalle2_jax import stages
+from dalle2_jax import parts
 
 
 def make_stage(name, base=None, **values):
@@ -11,4 +11,4 @@ def make_stage(name, base=None, **values):
     config.base = str(base or "")
     config.batch_size = 8
     config.update_from_flattened_dict(values)
-    return stages.make(config)
+    return parts.make_stage(config)

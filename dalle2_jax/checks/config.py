@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint, stages
+from dalle2_jax import checkpoint, parts
 from dalle2_jax.checks.finding import Finding, ok
 from dalle2_jax.data.examples import Source
 from dalle2_jax.errors import UserError, first_line
@@ -25,7 +25,7 @@ class Setup(NamedTuple):
 
     Attributes:
       source: the examples to train on.
-      stage: as `stages.make` gives it.
+      stage: as `parts.make_stage` gives it.
       mesh: over the devices that are here.
       step: the training step.
       batch: its first, on the host.
@@ -34,7 +34,7 @@ class Setup(NamedTuple):
     """
 
     source: Source | None = None
-    stage: stages.Stage | None = None
+    stage: parts.Stage | None = None
     mesh: Mesh | None = None
     step: update.Step | None = None
     batch: dict[str, np.ndarray] | None = None
@@ -42,7 +42,7 @@ class Setup(NamedTuple):
     arguments: tuple[Any, Any, Any] | None = None
 
 
-def check(config: ConfigDict, load: stages.Load) -> tuple[list[Finding], Setup]:
+def check(config: ConfigDict, load: parts.Load) -> tuple[list[Finding], Setup]:
     """Builds all that training builds but its state, and traces all that it compiles.
 
     Args:
@@ -75,11 +75,15 @@ def check(config: ConfigDict, load: stages.Load) -> tuple[list[Finding], Setup]:
     attempt("log", lambda: log.check_writers(config.tensorboard, config.wandb))
     attempt("keep", lambda: loop.check_keeping(config))
     attempt("keep", lambda: _open_run(config))
-    open_source = functools.partial(stages.stage.open_source, config)
+    open_source = functools.partial(parts.stage.open_source, config)
     source = attempt("data", lambda: open_source("train"))
     attempt("data", lambda: open_source("heldout"))
     setup = Setup(source=source, mesh=mesh)
-    stage = None if source is None else attempt("stage", lambda: make(config, load))
+    stage = (
+        None
+        if source is None
+        else attempt("stage", lambda: parts.make_stage(config, load))
+    )
     if stage is None or mesh is None or optimizer is None or _failed("batch", findings):
         return findings, setup._replace(stage=stage)
 
@@ -112,15 +116,7 @@ def check(config: ConfigDict, load: stages.Load) -> tuple[list[Finding], Setup]:
     return findings, Setup(source, stage, mesh, step, batch, traced, arguments)
 
 
-def make(config: ConfigDict, load: stages.Load) -> stages.Stage:
-    """The stage; a UserError if its name is unknown, too."""
-    if config.stage not in stages.MAKE:
-        known = ", ".join(stages.MAKE)
-        raise UserError(f"stage={config.stage!r}: it must be one of {known}")
-    return stages.make(config, load)
-
-
-def first_batch(stage: stages.Stage, split: str) -> dict[str, np.ndarray]:
+def first_batch(stage: parts.Stage, split: str) -> dict[str, np.ndarray]:
     """The first of a split, read and no other."""
     batches = stage.batches(split, 0)
     try:

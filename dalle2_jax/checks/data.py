@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint, stages
+from dalle2_jax import checkpoint, parts
 from dalle2_jax.checks import captions, embeddings
 from dalle2_jax.checks.finding import Finding, counted, ok
 from dalle2_jax.data import filter as rules
@@ -29,8 +29,8 @@ MANY = 0.05  # of the sample: worth a warning
 def check(
     config: ConfigDict,
     source: Source,
-    stage: stages.Stage | None,
-    load: stages.Load,
+    stage: parts.Stage | None,
+    load: parts.Load,
     examples: int,
 ) -> list[Finding]:
     """Looks at a sample of the data as the stage reads it.
@@ -45,7 +45,7 @@ def check(
     Raises:
       UserError: a model that the config names can't be read.
     """
-    base, _ = stages.stage.load_models(config, load)
+    base, _ = parts.stage.load_models(config, load)
     clip = None if base is None else _clip_of(base, config)
     clip_size = None if clip is None else encode.image_size(clip)
     values = config.to_dict()
@@ -101,7 +101,7 @@ def _clip_of(base: checkpoint.Export, config: ConfigDict) -> models.Model | None
         config={"parts": {"clip": section}},
         params={"clip": jax.tree.map(models.placer(devices), base.params["clip"])},
     )
-    return models.assemble([("the base", alone)], devices, stages.dtype_of(config))
+    return models.assemble([("the base", alone)], devices, parts.dtype_of(config))
 
 
 def look(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint, stages
+from dalle2_jax import checkpoint, parts
 from dalle2_jax.checks import config as checks
 from dalle2_jax.checks import data, learning, memory, speed
 from dalle2_jax.checks.finding import Finding
@@ -92,7 +92,7 @@ def learn(
     if config.get("loss_chunk"):  # which need not divide so few rows
         changed = config.copy_and_resolve_references()
         changed.loss_chunk = 0
-        stage = stages.make(changed, load)
+        stage = parts.make_stage(changed, load)
     rows = math.ceil(learning.EXAMPLES / mesh.size) * mesh.size
     with contextlib.closing(stage.batches("train", 0)) as batches:
         batch = learning.fixed_batch(batches, rows)

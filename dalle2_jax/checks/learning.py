@@ -27,18 +27,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle2_jax.checks.finding import Finding, ok
+from dalle2_jax.parts import PARTS
 from dalle2_jax.train import mesh as meshes
 from dalle2_jax.train import optim, update
 
 EXAMPLES = 32
 KEYS = 8
-MOST_LEFT = {
-    "clip": 0.2,
-    "prior": 0.5,
-    "ar_prior": 0.3,
-    "decoder": 0.5,
-    "upsampler": 0.5,
-}
 HARDLY = 0.97  # of the loss is left where nothing was learnt
 UNCHANGED = 1e-4  # part of the loss
 
@@ -155,7 +149,9 @@ def judge(stage: str, found: Overfit, starts: bool) -> list[Finding]:
         f"{found.steps} steps, {left:.0%} is left; the gradients are finite, their "
         f"norm is {found.largest:.3g} at most"
     )
-    findings = [_judge_loss(what, left, MOST_LEFT[stage] if starts else 1.0, starts)]
+    findings = [
+        _judge_loss(what, left, PARTS[stage].most_left if starts else 1.0, starts)
+    ]
     if found.untouched:
         few = ", ".join(found.untouched[:4])
         more = len(found.untouched) - 4

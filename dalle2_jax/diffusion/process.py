@@ -21,23 +21,24 @@ import numpy as np
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float, Int
 
-from dalle2_jax.diffusion.schedule import Schedule, at
+from dalle2_jax.diffusion.schedule import Levels, Schedule, at, expand
 from dalle2_jax.errors import UserError
 
 PREDICTS = ("eps", "x0", "v")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 
+Tables = Schedule | Levels
 X = Float[Array, "..."]
 Index = Int[Array, "*b"]
 
 
-def q_sample(schedule: Schedule, x0: X, i: Index, eps: X) -> X:
+def q_sample(schedule: Tables, x0: X, i: Index, eps: X) -> X:
     """Diffuses `x0` to level `i` with the standard normal noise `eps`."""
     signal, noise = _scales(schedule, i, x0)
     return signal * x0 + noise * eps
 
 
-def target(schedule: Schedule, predict: str, x0: X, eps: X, i: Index) -> X:
+def target(schedule: Tables, predict: str, x0: X, eps: X, i: Index) -> X:
     """Returns what the network should predict."""
     signal, noise = _scales(schedule, i, x0)
     match predict:
@@ -50,7 +51,7 @@ def target(schedule: Schedule, predict: str, x0: X, eps: X, i: Index) -> X:
     raise _unknown("predict", predict, PREDICTS)
 
 
-def to_x0(schedule: Schedule, predict: str, output: X, x_t: X, i: Index) -> X:
+def to_x0(schedule: Tables, predict: str, output: X, x_t: X, i: Index) -> X:
     """Returns the x0 that a prediction at `x_t` implies."""
     signal, noise = _scales(schedule, i, x_t)
     match predict:
@@ -63,7 +64,7 @@ def to_x0(schedule: Schedule, predict: str, output: X, x_t: X, i: Index) -> X:
     raise _unknown("predict", predict, PREDICTS)
 
 
-def to_eps(schedule: Schedule, predict: str, output: X, x_t: X, i: Index) -> X:
+def to_eps(schedule: Tables, predict: str, output: X, x_t: X, i: Index) -> X:
     """Returns the noise that a prediction at `x_t` implies."""
     signal, noise = _scales(schedule, i, x_t)
     match predict:
@@ -76,12 +77,9 @@ def to_eps(schedule: Schedule, predict: str, output: X, x_t: X, i: Index) -> X:
     raise _unknown("predict", predict, PREDICTS)
 
 
-def posterior_mean(schedule: Schedule, x0: X, x_t: X, i: Index) -> X:
+def posterior_mean(schedule: Tables, x0: X, x_t: X, i: Index) -> X:
     """Mean of q(x_{i-1} | x_i, x_0) (DDPM, eq. 7)."""
-    s = schedule
-    of_x0 = np.sqrt(s.alpha_bar_prev) * s.betas / (1 - s.alpha_bar)
-    of_x_t = np.sqrt(1 - s.betas) * (1 - s.alpha_bar_prev) / (1 - s.alpha_bar)
-    return at(of_x0, i, x_t) * x0 + at(of_x_t, i, x_t) * x_t
+    return at(schedule.coef_x0, i, x_t) * x0 + at(schedule.coef_x_t, i, x_t) * x_t
 
 
 def split(output: X, variance: str) -> tuple[X, X | None]:
@@ -96,29 +94,31 @@ def split(output: X, variance: str) -> tuple[X, X | None]:
 
 
 def log_variance(
-    schedule: Schedule, variance: str, v: X | None, x_t: X, i: Index
+    schedule: Tables, variance: str, v: X | None, x_t: X, i: Index
 ) -> Float[Array, "..."]:
     """Log variance of p(x_{i-1} | x_i), of a shape that broadcasts over `x_t`.
 
     At i = 0 the posterior has no variance, and that of i = 1 stands in for it.
     """
-    small = schedule.posterior_log_variance
+    small = at(schedule.posterior_log_variance, i, x_t)
     match variance:
         case "fixed_small":
-            return at(small, i, x_t)
+            return small
         case "fixed_large":
-            return at(np.append(small[0], np.log(schedule.betas[1:])), i, x_t)
+            return jnp.where(expand(i, x_t) == 0, small, at(schedule.log_betas, i, x_t))
         case "learned_range":
             # Nichol and Dhariwal 2021, eq. 15, with v in [-1, 1] (not enforced).
-            most, least = at(np.log(schedule.betas), i, x_t), at(small, i, x_t)
             fraction = (v + 1) / 2
-            return fraction * most + (1 - fraction) * least
+            most = at(schedule.log_betas, i, x_t)
+            return fraction * most + (1 - fraction) * small
     raise _unknown("variance", variance, VARIANCES)
 
 
 def analytic_log_variance(
-    schedule: Schedule, x0_error: Float[Array, " n"], limit: float | None = None
-) -> Float[Array, " n"]:
+    schedule: Tables,
+    x0_error: Float[Array, "*b n"],
+    limit: float | int | None | Float[Array, "b 1"] = None,
+) -> Float[Array, "*b n"]:
     """Log of the variance of p(x_{i-1} | x_i) that fits the data best, at each level.
 
     Analytic-DPM (Bao et al. 2022, arXiv 2201.06503), theorem 1, for DDPM's posterior:
@@ -130,11 +130,12 @@ def analytic_log_variance(
       x0_error: E‖x_0 - x̂_0‖² / d at each level of `schedule`. It is clipped to what it
         can be for any data, and for data within ±`limit` (theorem 2).
     """
-    s = schedule
-    most = np.minimum(1 / s.snr, np.inf if limit is None else limit**2)
-    error = jnp.clip(x0_error, 0, jnp.float32(most))
-    of_x0 = np.sqrt(s.alpha_bar_prev) * s.betas / (1 - s.alpha_bar)  # posterior_mean's
-    variance = jnp.float32(s.posterior_variance) + jnp.float32(of_x0**2) * error
+    most = jnp.asarray(schedule.most_x0_error, jnp.float32)
+    if limit is not None:
+        most = jnp.minimum(most, jnp.square(jnp.float32(limit)))
+    error = jnp.clip(x0_error, 0, most)
+    of_x0 = jnp.square(jnp.asarray(schedule.coef_x0, jnp.float32))  # posterior_mean's
+    variance = jnp.asarray(schedule.posterior_variance, jnp.float32) + of_x0 * error
     return jnp.log(jnp.maximum(variance, 1e-20))
 
 
@@ -244,12 +245,9 @@ def _snr_weight(
     return np.minimum(weight, np.inf if most is None else most) / of_x0[predict]
 
 
-def _scales(schedule: Schedule, i: Index, x: X) -> tuple[X, X]:
+def _scales(schedule: Tables, i: Index, x: X) -> tuple[X, X]:
     """sqrt(alpha_bar) and sqrt(1 - alpha_bar), to broadcast over `x`."""
-    return (
-        at(np.sqrt(schedule.alpha_bar), i, x),
-        at(np.sqrt(1 - schedule.alpha_bar), i, x),
-    )
+    return at(schedule.signal, i, x), at(schedule.noise, i, x)
 
 
 def _mean(x: Float[Array, "b ..."]) -> Float[Array, " b"]:

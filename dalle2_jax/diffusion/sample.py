@@ -1,8 +1,12 @@
 """Samplers: from noise to data with a denoiser, and from data back to its noise.
 
-A sampler knows a denoiser and a schedule. What steers it (guidance, clipping, known
-pixels) is wrapped around the denoiser, in `guide`. Each is one `lax.scan` over the
-schedule's levels and can stand inside a `jit`.
+A sampler knows a denoiser and the noise levels. What steers it (guidance, clipping,
+known pixels) is wrapped around the denoiser, in `guide`. Each is a step, `ddpm_step`
+and so on, which `run` takes again and again in one loop that can stand inside a `jit`
+and whose length is data: examples of one batch may have different levels, and one whose
+steps are done stays as it is while the others go on. `run` from one step to another and
+then on is `run` from the first to the last: for progress, previews and cancelling.
+`ddpm` and so on are whole loops.
 """
 
 from collections.abc import Callable
@@ -13,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from dalle2_jax.diffusion.process import posterior_mean, to_eps
-from dalle2_jax.diffusion.schedule import Schedule, at
+from dalle2_jax.diffusion.process import Tables, posterior_mean, to_eps
+from dalle2_jax.diffusion.schedule import at, expand
 
 X = Float[Array, "b ..."]
+Index = Int[Array, "*b"]
+Count = Int[Array | np.ndarray, "*b"] | int
 
 
 class Prediction(NamedTuple):
@@ -26,8 +32,16 @@ class Prediction(NamedTuple):
     log_variance: Float[Array, "..."]  # broadcasts over x0
 
 
-Denoiser = Callable[[X, Int[Array, ""]], Prediction]
+class State(NamedTuple):
+    """Between two steps: x_i, and the data that the last step expected."""
+
+    x: X
+    x0: X
+
+
+Denoiser = Callable[[X, Index], Prediction]
 Draw = Callable[[Int[Array, ""] | int], X]
+Step = Callable[[State, Int[Array, ""]], State]  # step k = 0, 1, ... of a sampler
 
 
 def gaussian(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Draw:
@@ -46,12 +60,41 @@ def replay(noise: Float[Array, "steps b ..."]) -> Draw:
     return lambda k: noise[k]
 
 
-def start(x: X, draw: Draw) -> Draw:
-    """The noise of `draw`, but for x_T, which is `x`."""
-    return lambda k: x if isinstance(k, int) and k == 0 else draw(k)
+def begin(x: X) -> State:
+    """The state before the first step, at x_T (or, for `invert_step`, at the data)."""
+    x = x.astype(jnp.float32)
+    return State(x, jnp.zeros_like(x))
 
 
-def ddpm(denoise: Denoiser, schedule: Schedule, x: X, draw: Draw) -> X:
+def run(
+    step: Step,
+    state: State,
+    count: Count,
+    start: Int[Array, ""] | int = 0,
+    stop: Int[Array, ""] | int | None = None,
+) -> State:
+    """Takes the steps from `start` up to `stop`, which is not taken.
+
+    Args:
+      count: how many steps each example takes in all, [b] or one number for all; after
+        them it stays as it is.
+      stop: by default the largest count.
+    """
+
+    def body(k, state):
+        after = step(state, jnp.int32(k))
+        if jnp.ndim(count) == 0:
+            return after
+        return jax.tree.map(
+            lambda new, old: jnp.where(expand(k < count, new), new, old), after, state
+        )
+
+    if stop is None:
+        stop = jnp.max(jnp.asarray(count))
+    return jax.lax.fori_loop(start, stop, body, state)
+
+
+def ddpm(denoise: Denoiser, schedule: Tables, x: X, draw: Draw) -> X:
     """Ancestral sampling (DDPM, algorithm 2).
 
     Args:
@@ -63,22 +106,28 @@ def ddpm(denoise: Denoiser, schedule: Schedule, x: X, draw: Draw) -> X:
     Returns:
       Samples of x0, float32.
     """
+    return run(ddpm_step(denoise, schedule, draw), begin(x), schedule.steps).x
 
-    def step(x, i):
+
+def ddpm_step(denoise: Denoiser, schedule: Tables, draw: Draw) -> Step:
+    """One step of `ddpm`."""
+
+    def step(state, k):
+        i, x = _level(schedule, k), state.x
         x0, log_variance = denoise(x, i)
         mean = posterior_mean(schedule, x0, x, i)
-        noise = draw(schedule.steps - i)
-        return jnp.where(i > 0, mean + jnp.exp(0.5 * log_variance) * noise, mean)
+        noisy = mean + jnp.exp(0.5 * log_variance) * draw(k + 1)
+        return State(jnp.where(expand(i > 0, x), noisy, mean), x0)
 
-    return _scan(step, x, _descending(schedule))
+    return step
 
 
 def ddim(
     denoise: Denoiser,
-    schedule: Schedule,
+    schedule: Tables,
     x: X,
     draw: Draw | None = None,
-    eta: float | int | Float[Array, ""] = 0.0,
+    eta: float | int | Float[Array, "*b"] = 0.0,
 ) -> X:
     """DDIM (Song et al. 2020, eq. 12): deterministic at eta 0, as noisy as DDPM at 1.
 
@@ -87,27 +136,35 @@ def ddim(
     """
     if draw is None and eta != 0:
         raise ValueError(f"eta is {eta}: its noise must come from somewhere; pass draw")
+    return run(ddim_step(denoise, schedule, draw, eta), begin(x), schedule.steps).x
 
-    # Of x_{i-1}'s noise, eta² (1 - ratio) is fresh (eq. 16). Where there is most, the
-    # rest at eta 1 is some 1e-8, which float32 keeps as a ratio, not as a difference.
-    ratio = schedule.snr * (1 - schedule.alpha_bar_prev) / schedule.alpha_bar_prev
 
-    def step(x, i):
+def ddim_step(
+    denoise: Denoiser,
+    schedule: Tables,
+    draw: Draw | None,
+    eta: float | int | Float[Array, "*b"],
+) -> Step:
+    """One step of `ddim`; `eta` is one number for all or one for each example."""
+
+    def step(state, k):
+        i, x = _level(schedule, k), state.x
         x0 = denoise(x, i).x0
         noise = to_eps(schedule, "x0", x0, x, i)
         if draw is not None:
-            kept = jnp.maximum(1 - eta**2 + eta**2 * at(ratio, i, x), 0)
-            fresh = jnp.minimum(eta**2 * at(1 - ratio, i, x), 1)
-            z = draw(schedule.steps - i)
-            noise = jnp.sqrt(kept) * noise + jnp.sqrt(fresh) * z
-        signal = at(np.sqrt(schedule.alpha_bar_prev), i, x)
-        return signal * x0 + at(np.sqrt(1 - schedule.alpha_bar_prev), i, x) * noise
+            # Of x_{i-1}'s noise, eta² (1 - ddim_kept) is fresh (eq. 16).
+            part = expand(jnp.square(jnp.float32(eta)), x)
+            kept = jnp.maximum(1 - part + part * at(schedule.ddim_kept, i, x), 0)
+            fresh = jnp.minimum(part * at(schedule.ddim_fresh, i, x), 1)
+            noise = jnp.sqrt(kept) * noise + jnp.sqrt(fresh) * draw(k + 1)
+        signal = at(schedule.signal_prev, i, x)
+        return State(signal * x0 + at(schedule.noise_prev, i, x) * noise, x0)
 
-    return _scan(step, x, _descending(schedule))
+    return step
 
 
 def repaint(
-    denoise: Denoiser, schedule: Schedule, x: X, draw: Draw, repeats: int = 1
+    denoise: Denoiser, schedule: Tables, x: X, draw: Draw, repeats: Count = 1
 ) -> X:
     """`ddpm` with every step but the last taken several times (RePaint, algorithm 1).
 
@@ -117,71 +174,87 @@ def repaint(
     Takes and returns what `ddpm` does; `draw` gives 2 · repeats pieces of noise for
     each step.
     """
-    if repeats < 1:
+    if isinstance(repeats, int) and repeats < 1:
         raise ValueError(f"repeats is {repeats}; a step is taken at least once")
-
-    def step(x, i):
-        def once(x, k):
-            x0, log_variance = denoise(x, i)
-            mean = posterior_mean(schedule, x0, x, i)
-            before = mean + jnp.exp(0.5 * log_variance) * draw(k)
-            beta = at(schedule.betas, i, x)
-            again = jnp.sqrt(1 - beta) * before + jnp.sqrt(beta) * draw(k + 1)
-            return again, before
-
-        first = 1 + 2 * repeats * (schedule.steps - 1 - i)
-        return jax.lax.scan(once, x, first + 2 * jnp.arange(repeats))[1][-1]
-
-    x = _scan(step, x, _descending(schedule)[:-1])
-    return denoise(x, jnp.int32(0)).x0
+    step = repaint_step(denoise, schedule, draw, repeats)
+    return run(step, begin(x), repaint_count(schedule, repeats)).x
 
 
-def invert(denoise: Denoiser, schedule: Schedule, x: X) -> X:
+def repaint_count(schedule: Tables, repeats: Count) -> Count:
+    """How many steps `repaint` takes."""
+    return (schedule.steps - 1) * repeats + 1
+
+
+def repaint_step(
+    denoise: Denoiser, schedule: Tables, draw: Draw, repeats: Count
+) -> Step:
+    """One step of `repaint`: every `repeats`-th leads on, the others back again."""
+
+    def step(state, k):
+        i, x = _level(schedule, k // repeats), state.x
+        x0, log_variance = denoise(x, i)
+        mean = posterior_mean(schedule, x0, x, i)
+        before = mean + jnp.exp(0.5 * log_variance) * draw(1 + 2 * k)
+        again = at(schedule.step_signal, i, x) * before
+        again += at(schedule.step_noise, i, x) * draw(2 + 2 * k)
+        x = jnp.where(expand(k % repeats == repeats - 1, x), before, again)
+        return State(jnp.where(expand(i > 0, x), x, x0), x0)
+
+    return step
+
+
+def invert(denoise: Denoiser, schedule: Tables, x: X) -> X:
     """The x_T from which `ddim` at eta 0 makes the data `x`, as nearly as steps allow.
 
     Undoes the steps of `ddim` from the last to the first. Step i went along the noise
     that is predicted at x_i, which we don't know yet; what is predicted for level i at
     x_{i-1} takes its place (DDIM, section 4.3; Dhariwal and Nichol 2021, appendix F).
     """
-
-    def step(x, i):
-        eps = to_eps(schedule, "x0", denoise(x, i).x0, x, i)
-        noise = at(np.sqrt(1 - schedule.alpha_bar_prev), i, x)
-        x0 = (x - noise * eps) / at(np.sqrt(schedule.alpha_bar_prev), i, x)
-        signal = at(np.sqrt(schedule.alpha_bar), i, x)
-        return signal * x0 + at(np.sqrt(1 - schedule.alpha_bar), i, x) * eps
-
-    return _scan(step, x, jnp.arange(schedule.steps))
+    return run(invert_step(denoise, schedule), begin(x), schedule.steps).x
 
 
-def dpm_solver(denoise: Denoiser, schedule: Schedule, x: X) -> X:
+def invert_step(denoise: Denoiser, schedule: Tables) -> Step:
+    """One step of `invert`."""
+
+    def step(state, k):
+        i, x = _within(schedule, k), state.x
+        predicted = denoise(x, i).x0
+        eps = to_eps(schedule, "x0", predicted, x, i)
+        x0 = x - at(schedule.noise_prev, i, x) * eps
+        x0 = x0 / at(schedule.signal_prev, i, x)
+        noisy = at(schedule.signal, i, x) * x0 + at(schedule.noise, i, x) * eps
+        return State(noisy, predicted)
+
+    return step
+
+
+def dpm_solver(denoise: Denoiser, schedule: Tables, x: X) -> X:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), deterministic and second-order.
 
-    Takes and returns what `ddim` does at eta 0. The first step and the last two are
-    first-order: the first has no past; the last is infinitely long in log SNR, and the
-    one before it so long that extrapolating from its past overshoots.
+    Takes and returns what `ddim` does at eta 0. Some steps are first-order, see
+    Schedule.solver_slope.
     """
-    signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
-    signal_prev = np.sqrt(schedule.alpha_bar_prev)
-    of_x = np.sqrt(1 - schedule.alpha_bar_prev) / noise
-    of_x0 = signal_prev - signal * of_x  # -alpha (exp(-h) - 1)
-    h = -np.diff(np.log(signal / noise))  # h[j] of the step from level j + 1 to j
-    slope = np.zeros(schedule.steps)
-    slope[2:-1] = h[1:-1] / (2 * h[2:])  # 1 / (2 r)
+    return run(dpm_solver_step(denoise, schedule), begin(x), schedule.steps).x
 
-    def step(state, i):
-        x, before = state
+
+def dpm_solver_step(denoise: Denoiser, schedule: Tables) -> Step:
+    """One step of `dpm_solver`."""
+
+    def step(state, k):
+        i, x = _level(schedule, k), state.x
         x0 = denoise(x, i).x0
-        ahead = x0 + at(slope, i, x) * (x0 - before)
-        return at(of_x, i, x) * x + at(of_x0, i, x) * ahead, x0
+        ahead = x0 + at(schedule.solver_slope, i, x) * (x0 - state.x0)
+        x = at(schedule.solver_x, i, x) * x + at(schedule.solver_x0, i, x) * ahead
+        return State(x, x0)
 
-    return _scan(step, (x, jnp.zeros_like(x)), _descending(schedule))[0]
-
-
-def _descending(schedule: Schedule) -> Int[Array, " n"]:
-    return jnp.arange(schedule.steps)[::-1]
+    return step
 
 
-def _scan(step, x, levels):
-    x = jax.tree.map(jnp.float32, x)
-    return jax.lax.scan(lambda x, i: (step(x, i), None), x, levels)[0]
+def _level(schedule: Tables, k: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The level at which step k begins: the noisiest first; 0 for one that is done."""
+    return jnp.maximum(schedule.steps - 1 - k, 0)
+
+
+def _within(schedule: Tables, k: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Level k, or the last for an example that has fewer."""
+    return jnp.minimum(k, schedule.steps - 1)

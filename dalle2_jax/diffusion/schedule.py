@@ -3,10 +3,15 @@
 A schedule is a list of noise levels, index 0 the least noisy. Its tables are float64
 numpy arrays: the last level of the cosine schedule keeps 2.4e-9 of the signal, and
 1 - alpha_bar of the first is 4e-5, of which float32 would lose three digits. `at` turns
-entries into float32 where arithmetic begins. Close over a schedule under `jit`; it is
-made of constants, not of arguments.
+entries into float32 where arithmetic begins.
+
+A `Schedule` is made of constants: close over it under `jit`. `Levels` are the same
+tables of several schedules as float32 arguments of a compiled program, so that another
+number of steps is other data and not another program. The formulas of `process` and
+`sample` read either.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from dalle2_jax.errors import UserError
 
 Table = Float[np.ndarray, " n"]
+Entries = Float[Array | np.ndarray, " n"] | Float[Array | np.ndarray, "b n"]
 
 
 class Schedule(NamedTuple):
@@ -53,6 +59,46 @@ class Schedule(NamedTuple):
         return self.alpha_bar / (1 - self.alpha_bar)
 
     @property
+    def signal(self) -> Table:
+        """sqrt(alpha_bar), the factor of x_0 in x_i."""
+        return np.sqrt(self.alpha_bar)
+
+    @property
+    def noise(self) -> Table:
+        """sqrt(1 - alpha_bar), the standard deviation of the noise in x_i."""
+        return np.sqrt(1 - self.alpha_bar)
+
+    @property
+    def signal_prev(self) -> Table:
+        """`signal` one step nearer to the data."""
+        return np.sqrt(self.alpha_bar_prev)
+
+    @property
+    def noise_prev(self) -> Table:
+        """`noise` one step nearer to the data."""
+        return np.sqrt(1 - self.alpha_bar_prev)
+
+    @property
+    def step_signal(self) -> Table:
+        """sqrt(1 - beta), the factor of x_{i-1} in x_i."""
+        return np.sqrt(1 - self.betas)
+
+    @property
+    def step_noise(self) -> Table:
+        """sqrt(beta), the standard deviation of the noise that a step adds."""
+        return np.sqrt(self.betas)
+
+    @property
+    def coef_x0(self) -> Table:
+        """Factor of x_0 in the mean of q(x_{i-1} | x_i, x_0) (DDPM, eq. 7)."""
+        return self.signal_prev * self.betas / (1 - self.alpha_bar)
+
+    @property
+    def coef_x_t(self) -> Table:
+        """Factor of x_i in the mean of q(x_{i-1} | x_i, x_0) (DDPM, eq. 7)."""
+        return self.step_signal * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+
+    @property
     def posterior_variance(self) -> Table:
         """Variance of q(x_{i-1} | x_i, x_0), 0 at i = 0 (DDPM, eq. 7)."""
         return self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
@@ -64,16 +110,132 @@ class Schedule(NamedTuple):
         first = self.posterior_variance[1] if self.steps > 1 else self.betas[0]
         return np.log(np.append(first, self.posterior_variance[1:]))
 
+    @property
+    def log_betas(self) -> Table:
+        """log beta, the largest log variance of a step."""
+        return np.log(self.betas)
+
+    @property
+    def most_x0_error(self) -> Table:
+        """(1 - alpha_bar) / alpha_bar, the largest E‖x_0 - x̂_0‖² / d for any data."""
+        return 1 / self.snr
+
+    @property
+    def ddim_kept(self) -> Table:
+        """Part of x_{i-1}'s noise variance that DDIM at eta 1 keeps (DDIM, eq. 16).
+
+        At the noisiest level it is some 1e-8, which float32 holds as a ratio and not as
+        a difference.
+        """
+        return self.snr * (1 - self.alpha_bar_prev) / self.alpha_bar_prev
+
+    @property
+    def ddim_fresh(self) -> Table:
+        """The other part: fresh noise at eta 1."""
+        return 1 - self.ddim_kept
+
+    @property
+    def solver_x(self) -> Table:
+        """Factor of x_i in a step of DPM-Solver++ (Lu et al. 2022, algorithm 2)."""
+        return self.noise_prev / self.noise
+
+    @property
+    def solver_x0(self) -> Table:
+        """Factor of the data in that step: -alpha (exp(-h) - 1)."""
+        return self.signal_prev - self.signal * self.solver_x
+
+    @property
+    def solver_slope(self) -> Table:
+        """1 / (2 r), by which that step extrapolates; 0 where it is first-order.
+
+        That are the first step, which has no past, and the last two: the last is
+        infinitely long in log SNR, and the one before it so long that extrapolating
+        overshoots.
+        """
+        h = -np.diff(np.log(self.signal / self.noise))  # h[j]: level j + 1 to j
+        slope = np.zeros(self.steps)
+        slope[2:-1] = h[1:-1] / (2 * h[2:])
+        return slope
+
+
+class Levels(NamedTuple):
+    """The tables of b schedules, for one compiled program; see `stack`.
+
+    steps: how many levels each has, [b].
+    timesteps and the others: as of Schedule; [b, n], n at least the largest of steps.
+    """
+
+    steps: Int[Array, " b"]
+    timesteps: Int[Array, "b n"]
+    signal: Float[Array, "b n"]
+    noise: Float[Array, "b n"]
+    signal_prev: Float[Array, "b n"]
+    noise_prev: Float[Array, "b n"]
+    step_signal: Float[Array, "b n"]
+    step_noise: Float[Array, "b n"]
+    coef_x0: Float[Array, "b n"]
+    coef_x_t: Float[Array, "b n"]
+    posterior_variance: Float[Array, "b n"]
+    posterior_log_variance: Float[Array, "b n"]
+    log_betas: Float[Array, "b n"]
+    most_x0_error: Float[Array, "b n"]
+    ddim_kept: Float[Array, "b n"]
+    ddim_fresh: Float[Array, "b n"]
+    solver_x: Float[Array, "b n"]
+    solver_x0: Float[Array, "b n"]
+    solver_slope: Float[Array, "b n"]
+
+
+def stack(schedules: Sequence[Schedule], length: int) -> Levels:
+    """Returns the tables of schedules, each padded to `length` by its last entry.
+
+    The tables are computed in float64 and rounded once. They are numpy arrays.
+    """
+    rows = [
+        _padded(schedule.timesteps.tobytes(), schedule.alpha_bar.tobytes(), length)
+        for schedule in schedules
+    ]
+    return Levels(*(np.stack(column) for column in zip(*rows, strict=True)))
+
+
+@functools.lru_cache(maxsize=256)
+def _padded(timesteps: bytes, alpha_bar: bytes, length: int) -> Levels:
+    """One row of `stack`."""
+    schedule = Schedule(
+        np.frombuffer(timesteps, np.int32), np.frombuffer(alpha_bar, np.float64)
+    )
+    padding = (0, length - schedule.steps)
+
+    def row(name: str) -> np.ndarray:
+        table = np.asarray(getattr(schedule, name))
+        dtype = np.int32 if name == "timesteps" else np.float32
+        return np.pad(table, padding, mode="edge").astype(dtype)
+
+    return Levels(np.int32(schedule.steps), *map(row, Levels._fields[1:]))
+
 
 def at(
-    table: Table, i: Int[Array, "*b"], x: Float[Array, "..."]
+    table: Entries, i: Int[Array | np.ndarray, "*b"] | int, x: Float[Array, "..."]
 ) -> Float[Array, "..."]:
     """Returns the entries `table[i]` in float32, shaped to broadcast over `x`.
 
-    `i` is a scalar, or one index for each example on the first axis of `x`.
+    `i` is a scalar, or one index for each example on the first axis of `x`, and so is
+    the table: one for all [n], or one for each [b, n].
     """
-    entries = jnp.asarray(table, jnp.float32)[i]
-    return entries.reshape(entries.shape + (1,) * (x.ndim - entries.ndim))
+    return expand(pick(jnp.asarray(table, jnp.float32), i), x)
+
+
+def pick(table: Array, i: Int[Array | np.ndarray, "*b"] | int) -> Array:
+    """Returns `table[i]`, of one table for all [n] or one for each example [b, n]."""
+    if table.ndim == 1:
+        return table[i]
+    i = jnp.broadcast_to(i, table.shape[:1])
+    return jnp.take_along_axis(table, i[:, None], axis=1)[:, 0]
+
+
+def expand(value: Array | float | int, x: Float[Array, "..."]) -> Array:
+    """Shapes a number for all, or one for each example, to broadcast over `x`."""
+    return jnp.reshape(value, jnp.shape(value) + (1,) * (x.ndim - jnp.ndim(value)))
 
 
 def cosine(steps: int = 1000) -> Schedule:
@@ -90,6 +252,7 @@ def linear(steps: int = 1000) -> Schedule:
     return _from_betas(np.linspace(scale * 1e-4, scale * 2e-2, steps))
 
 
+@functools.cache
 def make(name: str, steps: int = 1000) -> Schedule:
     """Returns the schedule called `name`: "cosine" or "linear"."""
     makers = {"cosine": cosine, "linear": linear}

@@ -4,6 +4,7 @@ Section 2.2 of arXiv 2204.06125. `codes` says what the codes are.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -154,69 +155,101 @@ class ARPrior(nn.Module):
         return self.logits_out(self.ln_out(x)).astype(jnp.float32)
 
 
-def sample(
-    network: ARPrior,
-    params: dict,
-    caption: Caption,
-    null: Caption,
-    keys: Key[Array, " b"],
-    *,
-    guidance: float | int = 1.0,
-    temperature: float | int = 1.0,
-) -> Int[Array, "b k"]:
-    """Draws the codes of image embeddings, one after the other, in one `lax.scan`.
+class State(NamedTuple):
+    """Between two codes.
+
+    Attributes:
+      logits: of the next code; with guidance [2b], each pair with and without caption.
+      caches: keys and values of all positions before it.
+      codes: those drawn so far; the others are 0.
+    """
+
+    logits: Float[Array, "n buckets"]
+    caches: Sequence[Cache]
+    codes: Int[Array, "b k"]
+
+
+class Draw(NamedTuple):
+    """How the codes of each image embedding are drawn.
+
+    Attributes:
+      keys: on each nothing but its own codes depends.
+      temperature: by which the logits are divided; at 0 the likeliest code is taken.
+      guidance: scale of classifier-free guidance, on the logits; None without it.
+    """
+
+    keys: Key[Array, " b"]
+    temperature: Float[Array, " b"]
+    guidance: Float[Array, " b"] | None
+
+
+def begin(
+    network: ARPrior, params: dict, caption: Caption, keys: Key[Array, " b"]
+) -> State:
+    """Reads captions, before the first code of their image embeddings is drawn.
 
     The dot product is drawn from the top half of the training set's (section 2.2).
 
     Args:
-      caption, null: what to show, and the empty caption, for guidance.
-      keys: a key for each, on which nothing but its own codes depends.
-      guidance: scale of classifier-free guidance, on the logits; 1 for none.
-      temperature: by which the logits are divided; at 0 the likeliest code is taken.
+      caption: [b], or with guidance [2b] from `pair`.
     """
-    guided = guidance != 1
-
-    def draw(i: int | Array, function: str, *arguments: object) -> Array:
-        return jax.vmap(
-            lambda key, *x: getattr(jax.random, function)(
-                jax.random.fold_in(key, i), *x
-            )
-        )(keys, *arguments)
-
-    def choose(i: int | Array, logits: Array) -> Array:
-        if guided:
-            logits = logits.reshape(-1, 2, network.buckets)
-            with_caption, without = logits[:, 0], logits[:, 1]
-            logits = without + guidance * (with_caption - without)
-        if temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return draw(i, "categorical", logits / temperature)
-
-    def pair(code: Array) -> Array:
-        return jnp.repeat(code, 2, axis=0) if guided else code
-
-    def run(method: str, *arguments: object) -> tuple[Array, Sequence[Cache]]:
-        return network.apply({"params": params}, *arguments, method=method)
-
-    if guided:  # Pairs stay together on their device of a sharded batch.
-        caption = jax.tree.map(
-            lambda c, n: jnp.stack([c, n], axis=1).reshape(-1, *c.shape[1:]),
-            caption,
-            null,
-        )
     half = network.dot_products // 2
-    uniform = draw(network.components, "uniform")
+    uniform = _draw(keys, network.components, "uniform")
     dot_product = half + jnp.int32(uniform * (network.dot_products - half))
-    logits, caches = run(
-        "start", pair(dot_product), caption.z_text, caption.states, caption.mask
+    logits, caches = network.apply(
+        {"params": params},
+        jnp.repeat(dot_product, len(caption.z_text) // len(keys)),
+        caption.z_text,
+        caption.states,
+        caption.mask,
+        method="start",
     )
-    first = choose(0, logits)
+    return State(logits, caches, jnp.zeros((len(keys), network.components), jnp.int32))
 
-    def step(state: tuple, i: Array) -> tuple[tuple, Array]:
-        code, caches = state
-        logits, caches = run("step", pair(code), i, caption.mask, caches)
-        code = choose(i, logits)
-        return (code, caches), code
 
-    _, rest = jax.lax.scan(step, (first, caches), jnp.arange(1, network.components))
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+def pair(caption: Caption, null: Caption) -> Caption:
+    """[caption 0, null 0, caption 1, ...]: pairs stay on one device of a batch."""
+    return jax.tree.map(
+        lambda c, n: jnp.stack([c, n], axis=1).reshape(-1, *c.shape[1:]), caption, null
+    )
+
+
+def draw_code(state: State, i: Int[Array, ""] | int, draw: Draw) -> Int[Array, "b k"]:
+    """The codes, with code i drawn by the logits of the state."""
+    logits = state.logits
+    if draw.guidance is not None:
+        logits = logits.reshape(-1, 2, logits.shape[-1])
+        with_caption, without = logits[:, 0], logits[:, 1]
+        logits = without + draw.guidance[:, None] * (with_caption - without)
+    warm = draw.temperature > 0
+    divisor = jnp.where(warm, draw.temperature, 1)[:, None]
+    drawn = _draw(draw.keys, i, "categorical", logits / divisor)
+    code = jnp.where(warm, drawn, jnp.argmax(logits, axis=-1))
+    return state.codes.at[:, i].set(code.astype(jnp.int32))
+
+
+def step(
+    network: ARPrior,
+    params: dict,
+    mask: Bool[Array, "n l"],
+    state: State,
+    i: Int[Array, ""],
+    draw: Draw,
+) -> State:
+    """Draws code i, and makes the logits of the one that follows.
+
+    ``mask`` is that of the captions given to `begin`.
+    """
+    codes = draw_code(state, i, draw)
+    code = jnp.repeat(codes[:, i], len(mask) // len(codes))
+    logits, caches = network.apply(
+        {"params": params}, code, i + 1, mask, state.caches, method="step"
+    )
+    return State(logits, caches, codes)
+
+
+def _draw(keys: Key[Array, " b"], i: int | Array, function: str, *rows: Array) -> Array:
+    """Draws for each its own, of draw i."""
+    return jax.vmap(
+        lambda key, *x: getattr(jax.random, function)(jax.random.fold_in(key, i), *x)
+    )(keys, *rows)

@@ -21,7 +21,10 @@ from jaxtyping import Array, Float, UInt8
 from dalle2_jax.data import image
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import codes
-from dalle2_jax.pipeline import generate, loops
+from dalle2_jax.parts import decoder, part
+from dalle2_jax.parts.component import Inputs
+from dalle2_jax.pipeline import generate
+from dalle2_jax.pipeline import settings as asked
 from dalle2_jax.pipeline.encode import (
     as_list,
     as_one,
@@ -30,14 +33,13 @@ from dalle2_jax.pipeline.encode import (
     encode_text,
     spread,
 )
-from dalle2_jax.pipeline.generate import Progress, Request, Settings
+from dalle2_jax.pipeline.generate import Progress, Request
 from dalle2_jax.pipeline.models import Model, in_batches, require
+from dalle2_jax.pipeline.settings import Groups, Settings
 from dalle2_jax.pipeline.sphere import mean_direction, slerp, unit
 
 STEPS = 100  # of DDIM, there and back
 DRAWS = 4  # of the prior, for the mean of a caption's embeddings
-
-DECODING = generate.STAGES[1:], generate.STAGES[1:2]  # have steps, have guidance
 
 Pictures = UInt8[np.ndarray, "frames side side 3"]
 
@@ -53,8 +55,8 @@ def invert(
     model: Model,
     pictures: Any,
     *,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
+    steps: Any = None,
+    guidance: Any = None,
 ) -> Latent:
     """The pairs (z, x_T) of pictures: DDIM inversion, given z and no caption.
 
@@ -66,11 +68,13 @@ def invert(
       UserError: not a picture, or a CLIP without its image tower.
     """
     require(model, "tokenizer", "clip", "decoder")
-    model = _deterministic(model, Settings(steps=steps, guidance=guidance))
+    model = model.up_to(model.decoder.size)
+    sampling = _deterministic(model, Settings(steps=steps, guidance=guidance))
     pictures = as_list(pictures)
     z = encode_image(model, pictures)
     squares = np.stack([image.square(p, model.decoder.size) for p in pictures])
     empty = generate.tokenize(model, [""])
+    inversion = decoder.SAMPLER._replace(advance=decoder.advance_inversion)
 
     def some(rows: np.ndarray) -> np.ndarray:
         x, z_image, tokens = jax.device_put(
@@ -82,9 +86,9 @@ def invert(
             spread(model),
         )
         caption = encode_caption(model.clip, tokens)
-        return np.asarray(
-            loops.invert_decoder(model.decoder, x, z_image, caption, caption)
-        )
+        inputs = Inputs(caption=caption, null=caption, z_image=z_image, start=x)
+        settings = [sampling["decoder"]] * len(rows)
+        return np.asarray(part.sample(inversion, model.decoder, settings, inputs))
 
     return Latent(z, in_batches(some, len(z), model.devices.size, generate.BATCH))
 
@@ -95,10 +99,10 @@ def decode(
     x_T: Float[np.ndarray, "n h w 3"] | None = None,
     *,
     eta: float | int = 0.0,
-    seed: int = 0,
+    seed: int | None = 0,
     size: int | None = None,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
+    steps: Any = None,
+    guidance: Any = None,
     progress: Progress | None = None,
 ) -> Pictures:
     """Pictures of CLIP image embeddings and noise, by DDIM without a caption.
@@ -113,9 +117,8 @@ def decode(
       UserError: an η out of range, or arrays that do not fit the model.
     """
     require(model, "tokenizer", "clip", "decoder")
-    generate.check(1, seed)
     settings = Settings(size, steps, guidance)
-    keys = generate.picture_keys(seed, 1)[np.zeros(len(z), int)]
+    keys = generate.picture_keys(asked.check_seed(seed), 1)[np.zeros(len(z), int)]
     if x_T is None:
         side = model.decoder.size
         x_T = jax.random.normal(keys[0], (side, side, 3))
@@ -134,12 +137,14 @@ def variations(
     model: Model,
     picture: Any,
     *,
-    seed: int = 0,
+    seed: int | None = 0,
     num: int = 1,
     eta: float | int | None = None,
     size: int | None = None,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
+    steps: Any = None,
+    guidance: Any = None,
+    guidance_interval: Any = None,
+    sampler: Any = None,
     noise: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Pictures:
@@ -157,19 +162,18 @@ def variations(
         model cannot meet.
     """
     require(model, "tokenizer", "clip", "decoder")
-    generate.check(num, seed)
-    settings = Settings(size, steps, guidance, noise)
-    keys = generate.picture_keys(seed, num)
+    num = asked.check_num(num)
+    settings = Settings(size, steps, guidance, guidance_interval, sampler, noise)
+    keys = generate.picture_keys(asked.check_seed(seed), num)
     if eta is not None:
-        if noise:
-            raise UserError("noise= goes with white noise: leave out eta")
+        for name in ("noise", "sampler"):
+            if getattr(settings, name):
+                raise UserError(f"{name}= goes with white noise: leave out eta")
         found = invert(model, as_one(picture), **_only(settings._asdict(), "decoder"))
         z, x_T = (a.repeat(num, axis=0) for a in found)
         return _decode(model, settings, z, x_T, eta, keys, progress)
     z = encode_image(model, as_one(picture)).repeat(num, axis=0)
-    model = generate.set_all(model, settings, *DECODING)
-    given = generate.given_noise(model, noise or {}, num, DECODING[0])
-    return generate.cascade(model, _request(model, z, keys, given=given), progress)
+    return generate.cascade(*_request(model, settings, z, keys), progress)
 
 
 def interpolate(
@@ -180,7 +184,7 @@ def interpolate(
     frames: int = 8,
     weights: Sequence[float | int] | None = None,
     shared_noise: bool = False,
-    seed: int = 0,
+    seed: int | None = 0,
     **settings: Any,
 ) -> Pictures:
     """A path from a picture to another (section 3.2): `slerp` of z and of x_T.
@@ -195,10 +199,8 @@ def interpolate(
       UserError: fewer than two frames, a weight out of range, or as `decode`.
     """
     if weights is None:
-        if frames < 2:
-            raise UserError(f"frames={frames}: a path has at least 2, its ends")
-        weights = np.linspace(0, 1, frames)
-    weights = _within(weights, "weights")
+        weights = np.linspace(0, 1, _check_frames(frames))
+    weights = asked.check_fractions("weights", weights)
     if shared_noise:
         ends = Latent(encode_image(model, as_one(picture) + as_one(other)), None)
     else:
@@ -211,15 +213,15 @@ def interpolate(
 
 def blend(
     model: Model,
-    pictures: Sequence[Any] = (),
-    prompts: Sequence[str] = (),
+    pictures: Any = (),
+    prompts: str | Sequence[str] = (),
     weights: Sequence[float | int] | None = None,
     *,
     num: int = 1,
-    seed: int = 0,
+    seed: int | None = 0,
     size: int | None = None,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
+    steps: Any = None,
+    guidance: Any = None,
     progress: Progress | None = None,
 ) -> Pictures:
     """Pictures between several pictures and captions, by weight.
@@ -234,13 +236,14 @@ def blend(
     Raises:
       UserError: nothing to blend, or weights that do not fit.
     """
-    generate.check(num, seed)
-    pictures, prompts = as_list(pictures), list(prompts)
+    num, seed = asked.check_num(num), asked.check_seed(seed)
+    pictures = as_list(pictures)
+    prompts = asked.check_prompts(prompts) if len(prompts) else []
     count = len(pictures) + len(prompts)
     if not count:
         raise UserError("nothing to blend: give pictures or prompts")
     weights = np.ones(count) if weights is None else np.asarray(weights, float)
-    if len(weights) != count or not (weights > 0).all():
+    if weights.shape != (count,) or not (np.isfinite(weights) & (weights > 0)).all():
         raise UserError(
             f"weights are {weights.tolist()}: give {count} positive numbers, of the "
             "pictures and then the prompts"
@@ -252,11 +255,11 @@ def blend(
         )
         parts += list(drawn.reshape(len(prompts), num, -1))
     z = mean_direction(parts, weights / weights.sum())
-    settings = Settings(size, steps, guidance)
-    model = generate.set_all(model, settings, generate.STAGES, generate.STAGES[:2])
     z = np.broadcast_to(z, (num, z.shape[-1]))
-    request = _request(model, z, generate.picture_keys(seed, num))
-    return generate.cascade(model, request, progress)
+    keys = generate.picture_keys(seed, num)
+    groups = Groups.of(model, "prior" if prompts else None)
+    settings = Settings(size, steps, guidance)
+    return generate.cascade(*_request(model, settings, z, keys, groups), progress)
 
 
 def text_diff(
@@ -268,7 +271,7 @@ def text_diff(
     direction: str | None = None,
     theta: float | int | Sequence[float | int] | None = None,
     frames: int = 5,
-    seed: int = 0,
+    seed: int | None = 0,
     **settings: Any,
 ) -> Pictures:
     """A picture on its way from what one caption says to another (section 3.3).
@@ -298,12 +301,11 @@ def text_diff(
     if theta is None:
         theta = 1.0 if direction == "prior" else 0.5
     if np.ndim(theta) == 0:
-        if frames < 2:
-            raise UserError(f"frames={frames}: a path has at least 2, its ends")
-        theta = np.linspace(0, float(_within([theta], "theta")[0]), frames)
-    theta = _within(theta, "theta")
-    captions = [prompt_from, prompt]
-    generate.check_prompts(captions)
+        theta = np.linspace(
+            0, asked.check_fractions("theta", [theta])[0], _check_frames(frames)
+        )
+    theta = asked.check_fractions("theta", theta)
+    captions = asked.check_prompts([prompt_from, prompt])
     before, after = unit(encode_text(model, captions))
     if np.allclose(before, after):
         raise UserError(f"{prompt_from!r} and {prompt!r} are the same to CLIP")
@@ -325,7 +327,7 @@ def pca(
     picture: Any,
     *,
     components: Sequence[int] | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     **settings: Any,
 ) -> Pictures:
     """A picture from ever more of its embedding (section 4, figure 7).
@@ -358,20 +360,21 @@ def pca(
 
 def embed(
     model: Model,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     num: int = 1,
-    seed: int = 0,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
+    seed: int | None = 0,
+    steps: Any = None,
+    guidance: Any = None,
 ) -> Float[np.ndarray, "n d"]:
     """CLIP image embeddings of captions, the prior's, ``num`` of each."""
     settings = Settings(steps=steps, guidance=guidance)
-    model, request = generate.of_prompts(model, prompts, seed, num, settings)
+    model, request = generate.make_request(model, prompts, seed, num, settings)
 
     def some(rows: np.ndarray) -> np.ndarray:
-        _, z = next(generate.run_batch(model, request, rows))  # the prior's
-        return np.asarray(z)
+        return np.asarray(
+            next(generate.run_batch(model, request, rows)).x
+        )  # the prior's
 
     return in_batches(some, len(request.tokens), model.devices.size, generate.BATCH)
 
@@ -379,12 +382,13 @@ def embed(
 # What the edits share
 
 
-def _deterministic(model: Model, settings: Settings, eta: float | int = 0.0) -> Model:
-    """The model with its decoder sampled by DDIM, as inversion needs it."""
+def _deterministic(
+    model: Model, settings: Settings, eta: float | int = 0.0
+) -> dict[str, dict[str, Any]]:
+    """How the components are sampled: the decoder by DDIM, as inversion needs it."""
     ddim = {"sampler": "ddim", "eta": eta, "steps": STEPS, "guidance": 1.0}
-    part = model.decoder
-    part = part.replace(sampling=part.sampling.copy(ddim | {"clip": None}))
-    return generate.set_all(model._replace(decoder=part), settings, *DECODING)
+    ddim |= {"clip": None, "guidance_interval": None}
+    return asked.resolve(model, settings, Groups.of(model), {"decoder": ddim})
 
 
 def _decode(
@@ -405,27 +409,52 @@ def _decode(
         raise UserError(
             f"x_T has shape {list(x_T.shape)}: must be {[len(z), side, side, 3]}"
         )
-    eta = float(_within([eta], "eta")[0])
-    model = _deterministic(model, settings, eta)
-    return generate.cascade(model, _request(model, z, keys, start=x_T), progress)
+    eta = float(asked.check_fractions("eta", [eta])[0])
+    model = asked.cut(model, settings.size)
+    sampling = _deterministic(model, settings, eta)
+    model, request = _request(model, Settings(), z, keys)
+    request = request._replace(start=x_T, sampling=_for_each(sampling, len(z)))
+    return generate.cascade(model, request, progress)
 
 
-def _request(model: Model, z: np.ndarray, keys: Array, **more: Any) -> Request:
-    """A request of embeddings, without a caption."""
-    empty = generate.tokenize(model, [""])
-    return Request(empty.repeat(len(z), axis=0), empty, keys, z_image=z, **more)
+def _request(
+    model: Model,
+    settings: Settings,
+    z: np.ndarray,
+    keys: Array,
+    groups: Groups | None = None,
+) -> tuple[Model, Request]:
+    """What of the model runs, and the request of embeddings without a caption.
+
+    ``groups`` are what the settings may be for; by default what runs.
+    """
+    model = asked.cut(model, settings.size)
+    groups = Groups.of(model) if groups is None else groups
+    groups = groups._replace(upsampler=Groups.of(model).upsampler)
+    sampling = asked.resolve(model, settings, groups)
+    given = asked.given_noise(model, settings.noise, len(z), groups, sampling)
+    empty = generate.tokenize(model, [""]).repeat(len(z), axis=0)
+    sampling = _for_each(sampling, len(z))
+    return model, Request(empty, empty, keys, sampling, z_image=z, given=given)
+
+
+def _for_each(sampling: dict[str, Any], count: int) -> dict[str, list[Any]]:
+    return {name: [each] * count for name, each in sampling.items()}
+
+
+def _check_frames(frames: Any) -> int:
+    """Returns a number of frames; UserError if they are no path."""
+    if isinstance(frames, int) and frames < 2:
+        raise UserError(f"frames={frames}: a path has at least 2, its ends")
+    return asked.check_integer("frames", frames, 2, asked.MOST_PICTURES)
 
 
 def _only(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Of the steps and the guidance, those of some networks."""
-    return {
-        name: {k: v for k, v in (settings.get(name) or {}).items() if k in names}
-        for name in ("steps", "guidance")
-    }
-
-
-def _within(values: Any, name: str) -> np.ndarray:
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not len(values) or not ((0 <= values) & (values <= 1)).all():
-        raise UserError(f"{name} is {values.tolist()}: must be from 0 to 1")
-    return values
+    found = {}
+    for name in ("steps", "guidance"):
+        value = settings.get(name)
+        if isinstance(value, Mapping):
+            value = {k: v for k, v in value.items() if k in names}
+        found[name] = value
+    return found

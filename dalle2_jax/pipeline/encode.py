@@ -12,7 +12,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from dalle2_jax.data import image
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import Caption
-from dalle2_jax.pipeline.models import Model, Part, in_batches, require
+from dalle2_jax.parts import stage
+from dalle2_jax.parts.component import Component
+from dalle2_jax.pipeline.models import Model, in_batches, require
 from dalle2_jax.xla import jit
 
 BATCH = 64  # the most captions or pictures at once on a device
@@ -157,15 +159,14 @@ def spread(model: Model) -> NamedSharding:
 
 
 @jit
-def encode_caption(clip: Part, tokens: Int[Array, "b l"]) -> Caption:
+def encode_caption(clip: Component, tokens: Int[Array, "b l"]) -> Caption:
     """What the prior and the decoder read of captions."""
-    return clip.network.apply({"params": clip.params}, tokens, method="encode_caption")
+    return stage.encode_caption(clip.network, clip.params, tokens)
 
 
 @jit
 def encode_pictures(
-    clip: Part, pictures: UInt8[Array, "b s s 3"]
+    clip: Component, pictures: UInt8[Array, "b s s 3"]
 ) -> Float[Array, "b d"]:
     """z_image of pictures of CLIP's size."""
-    pictures = image.clip_normalize(image.to_float(pictures))
-    return clip.network.apply({"params": clip.params}, pictures, method="encode_image")
+    return stage.encode_image(clip.network, clip.params, image.to_float(pictures))

@@ -3,7 +3,6 @@
 Pictures, settings and results are those of `edit`.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,12 +15,15 @@ from dalle2_jax.diffusion import generate as diffusion
 from dalle2_jax.diffusion import process
 from dalle2_jax.errors import UserError
 from dalle2_jax.pipeline import generate
+from dalle2_jax.pipeline import settings as asked
 from dalle2_jax.pipeline.edit import Pictures
 from dalle2_jax.pipeline.encode import as_one
-from dalle2_jax.pipeline.generate import Progress, Request, Settings
+from dalle2_jax.pipeline.generate import Progress, Request
 from dalle2_jax.pipeline.models import Model
+from dalle2_jax.pipeline.settings import Settings
 
 REPEATS = 4  # how often RePaint takes a step
+MOST_REPEATS = 1000
 
 
 def img2img(
@@ -30,11 +32,13 @@ def img2img(
     prompt: str,
     *,
     strength: float | int = 0.7,
-    seed: int = 0,
+    seed: int | None = 0,
     num: int = 1,
     size: int | None = None,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
+    steps: Any = None,
+    guidance: Any = None,
+    guidance_interval: Any = None,
+    sampler: Any = None,
     progress: Progress | None = None,
 ) -> Pictures:
     """A picture seen through noise and painted anew by a caption (SDEdit).
@@ -48,22 +52,21 @@ def img2img(
     Raises:
       UserError: a strength out of range, or as `text_to_image`.
     """
-    if not 0 < strength <= 1:
-        raise UserError(f"strength={strength}: must be above 0 and at most 1")
-    settings = Settings(size, steps, guidance)
-    model, request = generate.of_prompts(model, [prompt], seed, num, settings)
-    part = model.decoder
-    table = diffusion.levels(part.diffusion, part.sampling)
+    strength = asked.check_number("strength", strength, 0, 1, above=True)
+    settings = Settings(size, steps, guidance, guidance_interval, sampler)
+    model, request = generate.make_request(model, [prompt], seed, num, settings)
+    decoder, sampling = model.decoder, request.sampling["decoder"]
+    table = diffusion.levels(decoder.diffusion, sampling[0])
     left = max(1, round(strength * table.steps))
-    x0 = image.to_float(image.square(as_one(picture)[0], part.size))
-    keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, part.size)
+    x0 = image.to_float(image.square(as_one(picture)[0], decoder.size))
+    keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, decoder.size)
     eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape))(keys)
     x0 = jnp.broadcast_to(x0, eps.shape)
     start = process.q_sample(table, x0, jnp.int32(left - 1), eps)
-    levels = tuple(int(t) for t in table.timesteps[:left])
-    part = part.replace(sampling=part.sampling.copy({"steps": levels}))
-    model = model._replace(decoder=part)
-    return generate.cascade(model, request._replace(start=np.asarray(start)), progress)
+    steps = {"steps": tuple(int(t) for t in table.timesteps[:left])}
+    sampling = {**request.sampling, "decoder": [each | steps for each in sampling]}
+    request = request._replace(start=np.asarray(start), sampling=sampling)
+    return generate.cascade(model, request, progress)
 
 
 def inpaint(
@@ -72,11 +75,13 @@ def inpaint(
     mask: Any,
     prompt: str,
     *,
-    seed: int = 0,
+    seed: int | None = 0,
     num: int = 1,
     size: int | None = None,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
+    steps: Any = None,
+    guidance: Any = None,
+    guidance_interval: Any = None,
+    sampler: Any = None,
     repeats: int = REPEATS,
     progress: Progress | None = None,
 ) -> Pictures:
@@ -102,8 +107,8 @@ def inpaint(
             f"the mask has {white.shape[1]} × {white.shape[0]} pixels, the picture "
             f"{picture.width} × {picture.height}: they must be the same"
         )
-    settings = Settings(size, steps, guidance)
-    model, request = generate.of_prompts(model, [prompt], seed, num, settings)
+    settings = Settings(size, steps, guidance, guidance_interval, sampler)
+    model, request = generate.make_request(model, [prompt], seed, num, settings)
     side = model.sizes[-1]
     white = image.square_mask(white, side)
     if not white.any():
@@ -121,11 +126,13 @@ def outpaint(
     *,
     extend: float | int = 0.5,
     place: tuple[float | int, float | int] = (0.5, 0.5),
-    seed: int = 0,
+    seed: int | None = 0,
     num: int = 1,
     size: int | None = None,
-    steps: Mapping[str, Any] | None = None,
-    guidance: Mapping[str, float] | None = None,
+    steps: Any = None,
+    guidance: Any = None,
+    guidance_interval: Any = None,
+    sampler: Any = None,
     repeats: int = REPEATS,
     progress: Progress | None = None,
 ) -> Pictures:
@@ -142,12 +149,12 @@ def outpaint(
       UserError: a canvas that is not larger, a place out of range; or as `inpaint`.
     """
     picture = image.read(as_one(picture)[0])
-    if not 0 < extend <= 7:
-        raise UserError(f"extend={extend}: must be above 0 and at most 7")
-    if len(place) != 2 or not all(0 <= x <= 1 for x in place):
+    extend = asked.check_number("extend", extend, 0, 7, above=True)
+    place = tuple(asked.check_fractions("place", place))
+    if len(place) != 2:
         raise UserError(f"place={place}: give two numbers from 0 to 1")
-    settings = Settings(size, steps, guidance)
-    model, request = generate.of_prompts(model, [prompt], seed, num, settings)
+    settings = Settings(size, steps, guidance, guidance_interval, sampler)
+    model, request = generate.make_request(model, [prompt], seed, num, settings)
     side = model.sizes[-1]
     canvas, white = image.on_canvas(picture, side, 1 + extend, place)
     return _paint(model, request, canvas, white, repeats, progress)
@@ -162,12 +169,11 @@ def _paint(
     progress: Progress | None,
 ) -> Pictures:
     """Paints what is white; the rest of the picture stays to the bit."""
-    if repeats < 1:
-        raise UserError(f"repeats={repeats}: must be at least 1")
-    part = model.decoder
-    if not part.network.inpaints:
+    repeats = asked.check_integer("repeats", repeats, 1, MOST_REPEATS)
+    if not model.decoder.network.inpaints:
         again = {"sampler": "repaint", "repeats": repeats}
-        model = model._replace(decoder=part.replace(sampling=part.sampling.copy(again)))
+        each = [settings | again for settings in request.sampling["decoder"]]
+        request = request._replace(sampling={**request.sampling, "decoder": each})
     mask = white[None, ..., None].astype(np.float32)
     known = image.to_float(picture)[None], mask
     painted = generate.cascade(model, request._replace(known=known), progress)

@@ -5,10 +5,9 @@ all zeros that take no memory, stands in for the one that a config builds on.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,18 +15,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint, stages
+from dalle2_jax import checkpoint, parts
 from dalle2_jax.data import tokenizer
-from dalle2_jax.diffusion import generate
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import abstract
-from dalle2_jax.nn.ar_prior import ARPrior
 from dalle2_jax.nn.clip import CLIP, Caption
-from dalle2_jax.nn.codes import Codes
-from dalle2_jax.nn.decoder import Decoder
-from dalle2_jax.nn.prior import DiffusionPrior
-from dalle2_jax.nn.unet import UNet
-from dalle2_jax.pipeline import loops, models
+from dalle2_jax.parts import PARTS, part_of
+from dalle2_jax.parts.component import Component, Inputs
+from dalle2_jax.parts.part import Sampler
+from dalle2_jax.pipeline import models
 from dalle2_jax.train import loop, optim, update
 
 
@@ -75,7 +71,7 @@ def train(
         small.data.update(dict(source="shapes", path="", workers=0))
         if config.stage == "clip":
             small.tokenizer.path = ""
-        stage = stages.make(small, lambda path: export)
+        stage = parts.make_stage(small, lambda path: export)
         example = next(stage.batches("train", 0))
     optimizer = optim.make(config.steps, **config.optim)
     step = update.make_step(stage, config, mesh, optimizer, options)
@@ -115,7 +111,7 @@ def sample(
         raise UserError(
             f"--pictures={pictures} must be a multiple of {mesh.size}, the devices"
         )
-    dtype = stages.dtype_of(config)
+    dtype = parts.dtype_of(config)
     devices = Mesh(mesh.devices.reshape(-1), ("data",), axis_types=(AxisType.Auto,))
     with tempfile.TemporaryDirectory() as folder:
         export = hollow(config, clip, folder)
@@ -130,42 +126,46 @@ def sample(
         )
 
     everywhere, split = P(), P("data")
+    own, name = PARTS[config.stage], component_name(config)
+    component = model.components[name]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), pictures))
-    keys = place(keys, split)
-    inputs: tuple[Any, ...]
-    if config.stage == "upsampler":
-        part, function = model.upsamplers[0], loops.sample_upsampler
-        low = jax.ShapeDtypeStruct((pictures, *2 * [part.low_size], 3), jnp.float32)
-        inputs = place(low, split), keys
-    else:
-        part = getattr(model, config.stage)
+    inputs = Inputs(randomness=place(keys, split))
+    if clip is not None:
         caption = place(_caption(model.clip.network, pictures), split)
-        if config.stage == "ar_prior":
-            function = loops.sample_ar_prior
-            inputs = caption, caption, keys, place(model.codes, everywhere)
-        elif config.stage == "prior":
-            function = loops.sample_prior
-            statistics = place((model.z_image_mean, model.z_image_std), everywhere)
-            inputs = caption, caption, keys, *statistics
-        else:
-            function = loops.sample_decoder
-            inputs = caption.z_text, caption, caption, keys
-    if config.stage == "ar_prior":
-        repeats = part.network.components - 1
-    else:
-        repeats = generate.levels(part.diffusion, part.sampling).steps
-    part = part.replace(params=place(part.params, everywhere, dtype))
-    arguments = part, *inputs
+        inputs = inputs.replace(caption=caption, null=caption, z_image=caption.z_text)
+    if component.low_size is not None:
+        low = jax.ShapeDtypeStruct(
+            (pictures, *2 * [component.low_size], 3), jnp.float32
+        )
+        inputs = inputs.replace(low=place(low, split))
+    sampler = own.sampler
+    sampling = sampler.make_sampling(component, [model.sampling[name]] * pictures)
+    repeats = sampler.steps(component, sampling)
+    component = component.replace(params=place(component.params, everywhere, dtype))
+    statistics = own.read_statistics(model.statistics, model.sampling[name])
+    inputs = inputs.replace(**place(statistics, everywhere))
+    arguments = component, place(sampling, split), inputs
     return Program(
         name=config.stage,
-        traced=jax.jit(function.__wrapped__, compiler_options=options).trace(
+        traced=jax.jit(sampling_loop(sampler, repeats), compiler_options=options).trace(
             *arguments
         ),
-        params=part.params,
+        params=component.params,
         arguments=arguments,
         examples=pictures,
         repeats=repeats,
     )
+
+
+def sampling_loop(sampler: Sampler, steps: int) -> Callable[..., Any]:
+    """All of a loop of so many steps, which sampling runs as three programs."""
+
+    def loop(component: Component, sampling: Any, inputs: Inputs) -> Any:
+        prepared, state = sampler.begin(component, sampling, inputs)
+        state = sampler.advance(component, sampling, prepared, state, 0, steps)
+        return sampler.finish(component, sampling, prepared, state)
+
+    return loop
 
 
 def _caption(clip: CLIP, count: int) -> Caption:
@@ -180,12 +180,6 @@ def _caption(clip: CLIP, count: int) -> Caption:
     )
 
 
-def clip_net(config: ConfigDict) -> dict[str, Any]:
-    """CLIP's arguments, of a config of its stage, with a vocabulary of full size."""
-    size = config.tokenizer.vocab_size
-    return {**config.net.to_dict(), "vocab_size": size, "eot": size - 1}
-
-
 def hollow(
     config: ConfigDict, clip: Mapping[str, Any] | None, folder: str
 ) -> checkpoint.Export:
@@ -196,56 +190,34 @@ def hollow(
       clip: CLIP's arguments, or None.
       folder: for its tokenizer, which knows no words.
     """
-    parts: dict[str, tuple[nn.Module, dict[str, Any]]] = {}
+    sections: dict[str, dict[str, Any]] = {}
     statistics: dict[str, Any] = {}
     if clip is not None:
         text = tokenizer.blank(clip["vocab_size"], clip["context_length"])
         text.save(folder)
-        parts["clip"] = CLIP(**clip), {"net": clip}
-        d = np.zeros(clip["embed_dim"], np.float32)
-        statistics = {"z_image_mean": d, "z_image_std": d}
+        sections["clip"] = {"net": dict(clip)}
     if config.stage != "clip":
-        name, network, net = _own(config, clip)
-        section = {"net": net, "sampling": config.sampling.to_dict()}
-        values = config.to_dict()
-        for key in ("diffusion", "size", "low_size"):
-            if key in values:
-                section[key] = values[key]
-        parts[name] = network, section
-    if config.stage == "ar_prior":
-        k = np.zeros(net["components"], np.float32)
-        codes = Codes(d, np.zeros((len(d), len(k)), np.float32), k, k)
-        edges = np.zeros(net["dot_products"] - 1, np.float32)
-        statistics["ar_prior"] = {**codes._asdict(), "dot_products": edges}
+        own, values = PARTS[config.stage], config.to_dict()
+        section = {
+            k: values[k] for k in ("diffusion", "size", "low_size") if k in values
+        }
+        section |= {"net": own.arguments(config, clip), "sampling": values["sampling"]}
+        sections[component_name(config)] = section
+        statistics = own.zero_statistics(section["net"])
     return checkpoint.Export(
-        config={"parts": {name: section for name, (_, section) in parts.items()}},
+        config={"parts": sections},
         params={
             name: jax.tree.map(
                 lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape),
-                abstract(network),
+                abstract(part_of(name).module(**section["net"])),
             )
-            for name, (network, _) in parts.items()
+            for name, section in sections.items()
         },
         tokenizer_dir=None if clip is None else folder,
         statistics=statistics,
     )
 
 
-def _own(
-    config: ConfigDict, clip: Mapping[str, Any] | None
-) -> tuple[str, nn.Module, dict[str, Any]]:
-    """The stage's network: its name in a model, itself, and its arguments."""
-    match config.stage:
-        case "prior":
-            net = stages.prior.network(config, clip)
-            return "prior", DiffusionPrior(**net), net
-        case "ar_prior":
-            net = stages.ar_prior.network(config, clip)
-            return "ar_prior", ARPrior(**net), net
-        case "decoder":
-            net = stages.decoder.network(config, clip)
-            return "decoder", Decoder(**net), net
-        case "upsampler":
-            net = config.net.to_dict()
-            return f"upsampler_{config.size}", UNet(**net), net
-    raise UserError(f"there is no stage {config.stage!r}")
+def component_name(config: ConfigDict) -> str:
+    """Name in a model of what a stage trains."""
+    return f"upsampler_{config.size}" if config.stage == "upsampler" else config.stage

@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import upsampler
-from dalle2_jax import checkpoint, stages
+from dalle2_jax import checkpoint, parts
 from dalle2_jax.data import tokenizer
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import loop
@@ -56,7 +56,7 @@ def finetune(workdir, init_from, **values):
     config.init_from = str(init_from)
     values = {"eval_every": 0, "preview_every": 0, "batch_size": 8, **values}
     config.update_from_flattened_dict(values)
-    stage = stages.make(config)
+    stage = parts.make_stage(config)
     batches = [lambda i, s=s: stage.batches(s, i) for s in ("train", "heldout")]
     state = loop.train(stage, config, *batches, workdir)
     return jax.device_get(state), checkpoint.load(workdir / "model")

@@ -1,22 +1,29 @@
-"""The autoregressive prior's stage: from a caption to codes of an image embedding."""
+"""The autoregressive prior: from a caption to codes of an image embedding."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn import ar_prior as nn
 from dalle2_jax.nn import codes
-from dalle2_jax.nn.ar_prior import ARPrior, sample
+from dalle2_jax.nn.ar_prior import ARPrior
 from dalle2_jax.nn.clip import Caption, cosine
-from dalle2_jax.stages.finetune import start_params
-from dalle2_jax.stages.stage import (
+from dalle2_jax.parts import part
+from dalle2_jax.parts.component import PRIOR, Component, Inputs, fold, make_component
+from dalle2_jax.parts.finetune import start_params
+from dalle2_jax.parts.part import Part, Sampler
+from dalle2_jax.parts.prior import choose_best, repeat_candidates
+from dalle2_jax.parts.stage import (
     Base,
     Batch,
     Load,
@@ -29,20 +36,137 @@ from dalle2_jax.stages.stage import (
     see,
     upon_clip,
 )
+from dalle2_jax.xla import jit
+
+static = partial(flax.struct.field, pytree_node=False)
 
 
-def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(config: ConfigDict, clip: Mapping[str, Any] | None) -> dict[str, Any]:
     """ARPrior's arguments: ``config.net`` with the numbers of CLIP's net."""
     return upon_clip(config.net.to_dict(), clip)
 
 
-def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
+# Sampling
+
+
+@flax.struct.dataclass
+class Sampling:
+    """The settings of each picture of a batch, as data, [b].
+
+    Attributes:
+      guidance: scale of classifier-free guidance.
+      temperature: by which the logits are divided; at 0 the likeliest code is taken.
+      guided: whether any scale is not 1.
+      candidates: embeddings for each picture, of which the one that fits best is kept.
+    """
+
+    guidance: Any
+    temperature: Any
+    guided: bool = static()
+    candidates: int = static()
+
+
+def make_sampling(
+    component: Component, settings: Sequence[Mapping[str, Any]]
+) -> Sampling:
+    """The settings of each picture as data; UserError if candidates differ."""
+    counts = {each["candidates"] for each in settings}
+    if len(counts) > 1:
+        raise UserError(
+            f"candidates is {sorted(counts)} in one batch: it must be the same"
+        )
+    return Sampling(
+        guidance=np.float32([each["guidance"] for each in settings]),
+        temperature=np.float32([each["temperature"] for each in settings]),
+        guided=any(each["guidance"] != 1 for each in settings),
+        candidates=counts.pop(),
+    )
+
+
+def count_steps(prior: Component, sampling: Sampling) -> int:
+    """How many codes there are, less the last, which leads to no other."""
+    return prior.network.components - 1
+
+
+class Prepared(NamedTuple):
+    """What the loop needs for each code, of all candidates.
+
+    Attributes:
+      caption: of each; with guidance each pair with and without caption.
+      keys: of the draws.
+      z_text: of the captions.
+      codes: what the codes mean.
+    """
+
+    caption: Caption
+    keys: Key[Array, " n"]
+    z_text: Float[Array, "n d"]
+    codes: codes.Codes
+
+
+@jit
+def begin(
+    prior: Component, sampling: Sampling, inputs: Inputs
+) -> tuple[Prepared, nn.State]:
+    """Reads the captions of each picture's candidates; see part.Sampler."""
+    caption, null, keys = repeat_candidates(
+        inputs.caption, inputs.null, inputs.randomness, sampling.candidates
+    )
+    keys, z_text = fold(keys, PRIOR), caption.z_text
+    if sampling.guided:
+        caption = nn.pair(caption, null)
+    state = nn.begin(prior.network, prior.params, caption, keys)
+    return Prepared(caption, keys, z_text, inputs.codes), state
+
+
+@jit
+def advance(
+    prior: Component,
+    sampling: Sampling,
+    prepared: Prepared,
+    state: nn.State,
+    start: Any,
+    stop: Any,
+) -> nn.State:
+    """Draws codes; see part.Sampler."""
+    draw, mask = _draw(sampling, prepared), prepared.caption.mask
+
+    def step(i: Array, state: nn.State) -> nn.State:
+        return nn.step(prior.network, prior.params, mask, state, i, draw)
+
+    return jax.lax.fori_loop(start, stop, step, state)
+
+
+@jit
+def finish(
+    prior: Component, sampling: Sampling, prepared: Prepared, state: nn.State
+) -> Float[Array, "b d"]:
+    """z_image of each picture: its best candidate; see part.Sampler."""
+    last = prior.network.components - 1
+    drawn = nn.draw_code(state, last, _draw(sampling, prepared))
+    z = codes.decode(prepared.codes, drawn, prior.network.buckets)
+    return choose_best(z, prepared.z_text, sampling.candidates)
+
+
+def _draw(sampling: Sampling, prepared: Prepared) -> nn.Draw:
+    """How the codes of all candidates are drawn."""
+    guidance, temperature = (
+        jnp.repeat(jnp.asarray(x), sampling.candidates)
+        for x in (sampling.guidance, sampling.temperature)
+    )
+    return nn.Draw(prepared.keys, temperature, guidance if sampling.guided else None)
+
+
+# Training
+
+
+def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     """The stage that ``configs/ar_prior.py`` describes."""
     base = load_base(config, load)
     clip = base.clip
-    net = network(config, base.model.config["parts"]["clip"]["net"])
+    net = arguments(config, base.model.config["parts"]["clip"]["net"])
     model = ARPrior(**net, dtype=dtype_of(config))
-    sampling = config.sampling.to_dict()
+    section = {"net": net, "sampling": config.sampling.to_dict()}
     batches = make_batches(
         config,
         {"clip_image": clip.image_size},
@@ -103,22 +227,22 @@ def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
 
     def preview(params: Any, frozen: Any, batch: Batch, key: Array):
         z_image, caption, empty = read(frozen, batch)
-        drawn = sample(
-            model,
-            params,
-            caption,
-            empty,
-            jax.random.split(key, len(z_image)),
-            guidance=sampling["guidance"],
-            temperature=sampling["temperature"],
+        z = part.sample(
+            SAMPLER,
+            make_component(model, section, params),
+            [section["sampling"]] * len(z_image),
+            Inputs(
+                caption=caption,
+                null=empty,
+                randomness=jax.random.split(key, len(z_image)),
+                codes=frozen["codes"],
+            ),
         )
-        z = codes.decode(frozen["codes"], drawn, model.buckets)
         return {"cosine_to_true": centred_cosine(frozen, z, z_image).mean()}
 
     def export(params: Any) -> dict[str, Any]:
-        part = {"net": net, "sampling": sampling}
         statistics = {"ar_prior": {**table._asdict(), "dot_products": edges}}
-        return add_part(base.model, "ar_prior", part, params, base.text, statistics)
+        return add_part(base.model, "ar_prior", section, params, base.text, statistics)
 
     return Stage(
         name="ar_prior",
@@ -186,3 +310,39 @@ def fit_tables(
         seen.append(jax.device_get(encode(base.clip_params, next(batches))))
     z, fit = (np.concatenate(x) for x in zip(*seen, strict=True))
     return codes.fit(z, components), codes.fit_quantiles(fit, dot_products)
+
+
+def read_statistics(
+    statistics: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the codes mean."""
+    stored = statistics["ar_prior"]
+    return {"codes": codes.Codes(*(stored[name] for name in codes.Codes._fields))}
+
+
+def zero_statistics(net: Mapping[str, Any]) -> dict[str, Any]:
+    """Statistics of the codes, all zero."""
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.float32)
+
+    d, k = net["clip_dim"], net["components"]
+    table = codes.Codes(zeros(d), zeros(d, k), zeros(k), zeros(k))
+    edges = zeros(net["dot_products"] - 1)
+    return {"ar_prior": {**table._asdict(), "dot_products": edges}}
+
+
+SAMPLER = Sampler(
+    ("guidance", "temperature"), make_sampling, count_steps, begin, advance, finish
+)
+PART = Part(
+    "ar_prior",
+    ARPrior,
+    arguments,
+    make_stage,
+    most_left=0.3,
+    makes="embedding",
+    sampler=SAMPLER,
+    read_statistics=read_statistics,
+    zero_statistics=zero_statistics,
+)

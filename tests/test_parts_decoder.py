@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle2_jax.stages.decoder import random_masks
+from dalle2_jax.parts.decoder import random_masks
 from tests.tiny import make_stage
 
 

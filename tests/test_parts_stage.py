@@ -10,7 +10,7 @@ from scipy import special, stats
 from dalle2_jax import checkpoint
 from dalle2_jax.diffusion import schedule
 from dalle2_jax.errors import UserError
-from dalle2_jax.stages import stage as shared
+from dalle2_jax.parts import stage as shared
 from tests.tiny import make_stage
 
 NAMES = ("clip", "prior", "ar_prior", "decoder", "upsampler")

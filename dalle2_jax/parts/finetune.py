@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
-from dalle2_jax.stages.stage import Batch, Stage, float32
+from dalle2_jax.parts.stage import Batch, Stage, float32
 
 
 def start_params(

@@ -1,6 +1,7 @@
 """The CLIP stage: pictures and captions into one space, by contrast."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ from dalle2_jax import checkpoint
 from dalle2_jax.data import image, sources, tokenizer
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import CLIP
-from dalle2_jax.stages.finetune import start_params
-from dalle2_jax.stages.stage import (
+from dalle2_jax.parts.finetune import start_params
+from dalle2_jax.parts.part import Part
+from dalle2_jax.parts.stage import (
     Batch,
     Load,
     Stage,
@@ -28,9 +30,14 @@ from dalle2_jax.stages.stage import (
 SHOWN = 16  # pictures, whose similarities are previewed
 
 
-def network(config: ConfigDict, text: tokenizer.Tokenizer) -> dict[str, Any]:
-    """CLIP's constructor arguments: ``config.net`` with the tokenizer's numbers."""
-    return {**config.net, "vocab_size": text.vocab_size, "eot": text.eot}
+def arguments(config: ConfigDict, clip: Mapping[str, Any] | None) -> dict[str, Any]:
+    """CLIP's arguments: ``config.net`` with the numbers of its tokenizer.
+
+    Those are in ``clip``, or if that is None of a vocabulary as large as it may be.
+    """
+    size = config.tokenizer.vocab_size
+    numbers = clip or {"vocab_size": size, "eot": size - 1}
+    return {**config.net.to_dict()} | {k: numbers[k] for k in ("vocab_size", "eot")}
 
 
 def contrastive_loss(
@@ -151,11 +158,11 @@ def similarity_picture(logits: Float[Array, "b b"]) -> UInt8[Array, "1 s s 3"]:
     return jnp.repeat(gray[None, :, :, None], 3, axis=-1)
 
 
-def make(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
+def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     """The stage that ``configs/clip.py`` describes."""
     base, origin = load_models(config, load)
     text = make_tokenizer(config, origin)
-    net = network(config, text)
+    net = arguments(config, {"vocab_size": text.vocab_size, "eot": text.eot})
     model = CLIP(**net, dtype=dtype_of(config))
 
     def init(key: Array) -> Any:
@@ -241,3 +248,6 @@ def make_tokenizer(
         return tokenizer.load(origin.tokenizer_dir)
     captions = sources.captions(open_source(config, "train"), options.captions)
     return tokenizer.train(captions, options.vocab_size, config.net.context_length)
+
+
+PART = Part("clip", CLIP, arguments, make_stage, most_left=0.2)

@@ -5,7 +5,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
-from dalle2_jax.stages import stage as shared
+from dalle2_jax.parts import stage as shared
 from tests.tiny import make_stage
 
 

@@ -10,7 +10,10 @@ from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import codes
 from dalle2_jax.nn.clip import cosine
-from dalle2_jax.pipeline import generate, loops
+from dalle2_jax.parts import decoder, part_of
+from dalle2_jax.parts.component import Inputs
+from dalle2_jax.parts.part import sample
+from dalle2_jax.pipeline import generate
 from dalle2_jax.pipeline.encode import encode_caption
 from tests.tiny import make_stage
 
@@ -46,7 +49,7 @@ def test_each_prior_gives_other_pictures(model):
     np.testing.assert_array_equal(draw(model), pictures["diffusion"])
     # Where there is no prior, it has nothing to report.
     assert [c[0] for c in calls] == ["prior", "decoder"] * 2 + ["decoder"] * 2
-    alone = model._replace(prior=None)
+    alone = model.replace(prior=None)
     np.testing.assert_array_equal(draw(alone), pictures["autoregressive"])
 
 
@@ -56,12 +59,17 @@ def test_none_is_the_text_embedding_as_an_images(model):
         encode_caption(model.clip, jnp.repeat(t[None], 8, 0)) for t in tokens
     )
     keys = generate.picture_keys(0, 8)
-    x = loops.sample_decoder(model.decoder, caption.z_text, caption, null, keys)
-    expected = generate.image.to_uint8(x)[:1]
+    inputs = Inputs(caption, null, keys)
+
+    def decode(inputs):
+        settings = [model.sampling["decoder"]] * 8
+        x = sample(decoder.SAMPLER, model.decoder, settings, inputs)
+        return generate.image.to_uint8(x)[:1]
+
+    expected = decode(inputs.replace(z_image=caption.z_text))
     assert_same_pictures(draw(model, prior="none"), np.asarray(expected))
     # The caption alone: whatever embedding there is, the decoder isn't shown it.
-    x = loops.sample_decoder(model.decoder, None, caption, null, keys)
-    expected = generate.image.to_uint8(x)[:1]
+    expected = decode(inputs)
     assert_same_pictures(draw(model, prior="caption"), np.asarray(expected))
 
 
@@ -79,7 +87,7 @@ def test_an_autoregressive_picture_does_not_depend_on_the_devices(model):
     alone = model._replace(devices=one)
     for part in ("clip", "ar_prior", "decoder"):
         moved = jax.device_put(getattr(model, part), jax.devices()[0])
-        alone = alone._replace(**{part: moved})
+        alone = alone.replace(**{part: moved})
     settings = dict(num=3, prior="autoregressive")
     assert_same_pictures(draw(alone, **settings), draw(model, **settings))
 
@@ -101,18 +109,16 @@ def spread(z):
 
 def embeddings(model, name, count=8, **sampling):
     """z_image of one caption by a prior, and its cosine with z_text."""
-    part = getattr(model, name)
-    part = part.replace(sampling=part.sampling.copy(sampling))
     tokens = model.tokenizer.encode([RED, ""], model.clip.network.context_length)
     caption, null = (
         encode_caption(model.clip, jnp.repeat(t[None], count, 0)) for t in tokens
     )
     keys = generate.picture_keys(0, count)
-    if name == "ar_prior":
-        z = loops.sample_ar_prior(part, caption, null, keys, model.codes)
-    else:
-        mean, std = jnp.asarray(model.z_image_mean), jnp.asarray(model.z_image_std)
-        z = loops.sample_prior(part, caption, null, keys, mean, std, None)
+    settings = {**model.sampling[name], **sampling}
+    statistics = part_of(name).read_statistics(model.statistics, settings)
+    inputs = Inputs(caption, null, keys, **statistics)
+    component = model.components[name]
+    z = sample(part_of(name).sampler, component, [settings] * count, inputs)
     return np.asarray(z), np.asarray(cosine(z, caption.z_text))
 
 
@@ -158,14 +164,11 @@ def test_codes_are_decoded_by_the_models_own_tables(model):
 )
 def test_what_the_model_or_the_prior_lacks(model, changes, settings, message):
     with pytest.raises(UserError, match=message):
-        draw(model._replace(**changes), **settings)
+        draw(model.replace(**changes), **settings)
 
 
 def test_given_noise_is_for_one_candidate(model):
-    part = model.prior
-    two = model._replace(
-        prior=part.replace(sampling=part.sampling.copy({"candidates": 2}))
-    )
+    two = model.with_sampling(prior={"candidates": 2})
     with pytest.raises(UserError, match="candidates=2: it must have 1"):
         draw(two, noise={"prior": np.zeros((4, 1, 32))})
 

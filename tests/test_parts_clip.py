@@ -9,7 +9,7 @@ import pytest
 from scipy.special import logsumexp
 
 from dalle2_jax.errors import UserError
-from dalle2_jax.stages import clip as clip_stage
+from dalle2_jax.parts import clip as clip_stage
 from dalle2_jax.train import mesh as meshes
 from tests.tiny import make_stage
 

@@ -7,8 +7,8 @@ import optax
 from ml_collections import ConfigDict
 
 from dalle2_jax.nn import codes
-from dalle2_jax.stages import ar_prior
-from dalle2_jax.stages import stage as shared
+from dalle2_jax.parts import ar_prior
+from dalle2_jax.parts import stage as shared
 from tests.tiny import make_stage
 
 
