@@ -189,7 +189,7 @@ def test_guidance_within_an_interval_is_one_pass_elsewhere():
     jax.effects_barrier()
     assert dict(rows) == {999: 3, 749: 6, 500: 6, 250: 6, 0: 3}
     # What has no interval is guided at all steps of the same batch.
-    mixed = sampled(apply, [SAMPLING, *each[:2]])
+    mixed = sampled(apply, [SAMPLING | {"sampler": "ddim"}, *each[:2]])
     np.testing.assert_allclose(mixed[0], 0.8, atol=1e-6)
     np.testing.assert_allclose(mixed[1:], 0.6, atol=1e-6)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
 from dalle2_jax.data import image
 from dalle2_jax.errors import UserError
@@ -118,12 +118,12 @@ def decode(
     """
     require(model, "tokenizer", "clip", "decoder")
     settings = Settings(size, steps, guidance)
-    keys = generate.picture_keys(asked.check_seed(seed), 1)[np.zeros(len(z), int)]
+    seed, numbers = asked.check_seed(seed), np.zeros(len(z), int)
     if x_T is None:
         side = model.decoder.size
-        x_T = jax.random.normal(keys[0], (side, side, 3))
+        x_T = jax.random.normal(generate.picture_keys(seed, 1)[0], (side, side, 3))
         x_T = np.broadcast_to(np.asarray(x_T), (len(z), *x_T.shape))
-    return _decode(model, settings, z, x_T, eta, keys, progress)
+    return _decode(model, settings, z, x_T, eta, seed, numbers, progress)
 
 
 def reconstruct(model: Model, pictures: Any, **settings: Any) -> Pictures:
@@ -164,16 +164,16 @@ def variations(
     require(model, "tokenizer", "clip", "decoder")
     num = asked.check_num(num)
     settings = Settings(size, steps, guidance, guidance_interval, sampler, noise)
-    keys = generate.picture_keys(asked.check_seed(seed), num)
+    seed = asked.check_seed(seed)
     if eta is not None:
         for name in ("noise", "sampler"):
             if getattr(settings, name):
                 raise UserError(f"{name}= goes with white noise: leave out eta")
         found = invert(model, as_one(picture), **_only(settings._asdict(), "decoder"))
         z, x_T = (a.repeat(num, axis=0) for a in found)
-        return _decode(model, settings, z, x_T, eta, keys, progress)
+        return _decode(model, settings, z, x_T, eta, seed, np.arange(num), progress)
     z = encode_image(model, as_one(picture)).repeat(num, axis=0)
-    return generate.cascade(*_request(model, settings, z, keys), progress)
+    return generate.cascade(*_request(model, settings, z, seed), progress)
 
 
 def interpolate(
@@ -256,10 +256,9 @@ def blend(
         parts += list(drawn.reshape(len(prompts), num, -1))
     z = mean_direction(parts, weights / weights.sum())
     z = np.broadcast_to(z, (num, z.shape[-1]))
-    keys = generate.picture_keys(seed, num)
     groups = Groups.of(model, "prior" if prompts else None)
     settings = Settings(size, steps, guidance)
-    return generate.cascade(*_request(model, settings, z, keys, groups), progress)
+    return generate.cascade(*_request(model, settings, z, seed, groups), progress)
 
 
 def text_diff(
@@ -397,7 +396,8 @@ def _decode(
     z: np.ndarray,
     x_T: np.ndarray,
     eta: float | int,
-    keys: Array,
+    seed: int,
+    numbers: np.ndarray,
     progress: Progress | None,
 ) -> Pictures:
     z, x_T = np.asarray(z, np.float32), np.asarray(x_T, np.float32)
@@ -412,8 +412,9 @@ def _decode(
     eta = float(asked.check_fractions("eta", [eta])[0])
     model = asked.cut(model, settings.size)
     sampling = _deterministic(model, settings, eta)
-    model, request = _request(model, Settings(), z, keys)
-    request = request._replace(start=x_T, sampling=_for_each(sampling, len(z)))
+    model, request = _request(model, Settings(), z, seed)
+    sampling = _for_each(sampling, len(z))
+    request = request._replace(start=x_T, numbers=numbers, sampling=sampling)
     return generate.cascade(model, request, progress)
 
 
@@ -421,7 +422,7 @@ def _request(
     model: Model,
     settings: Settings,
     z: np.ndarray,
-    keys: Array,
+    seed: int,
     groups: Groups | None = None,
 ) -> tuple[Model, Request]:
     """What of the model runs, and the request of embeddings without a caption.
@@ -434,8 +435,15 @@ def _request(
     sampling = asked.resolve(model, settings, groups)
     given = asked.given_noise(model, settings.noise, len(z), groups, sampling)
     empty = generate.tokenize(model, [""]).repeat(len(z), axis=0)
-    sampling = _for_each(sampling, len(z))
-    return model, Request(empty, empty, keys, sampling, z_image=z, given=given)
+    return model, Request(
+        tokens=empty,
+        null=empty,
+        seeds=np.full(len(z), seed),
+        numbers=np.arange(len(z)),
+        sampling=_for_each(sampling, len(z)),
+        z_image=z,
+        given=given,
+    )
 
 
 def _for_each(sampling: dict[str, Any], count: int) -> dict[str, list[Any]]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from dalle2_jax.data import image
 from dalle2_jax.parts import part, part_of
@@ -142,7 +142,7 @@ class Request(NamedTuple):
     Attributes:
       tokens: of their captions.
       null: of the captions that guidance leads away from.
-      keys: what their noise follows from.
+      seeds, numbers: what their noise follows from.
       sampling: how each component that runs is sampled, by name: a mapping for each
         picture.
       z_image: their image embeddings; None leaves them to the prior.
@@ -155,7 +155,8 @@ class Request(NamedTuple):
 
     tokens: Int[np.ndarray, "n l"]
     null: Int[np.ndarray, "n l"]
-    keys: Key[Array, " n"]
+    seeds: Int[np.ndarray, " n"]
+    numbers: Int[np.ndarray, " n"]
     sampling: Mapping[str, Sequence[Mapping[str, Any]]]
     z_image: Float[np.ndarray, "n d"] | None = None
     prior: str | None = None
@@ -214,7 +215,8 @@ def make_request(
     return model, Request(
         tokens=tokens,
         null=tokenize(model, negative).repeat(num, axis=0),
-        keys=picture_keys(seed, count),
+        seeds=np.full(count, seed),
+        numbers=np.arange(count),
         sampling={name: [each] * count for name, each in sampling.items()},
         prior=prior,
         given=asked.given_noise(model, settings.noise, count, groups, sampling),
@@ -267,7 +269,7 @@ def run_batch(
     def randomness(name: str) -> Array:
         """What a component's noise follows from: keys, or noise drawn elsewhere."""
         if name not in request.given:
-            return place(request.keys[rows])
+            return keys
         # The pictures go first, where they are split over the devices.
         return place(np.moveaxis(request.given[name][:, rows], 1, 0))
 
@@ -286,6 +288,7 @@ def run_batch(
                 x = x.block_until_ready()
                 yield Made(stage, rows, x, own.makes == "picture", step, steps)
 
+    keys = place(make_keys(request.seeds[rows], request.numbers[rows]))
     caption = encode_caption(model.clip, place(request.tokens[rows]))
     null = encode_caption(model.clip, place(request.null[rows]))
     inputs = Inputs(caption=caption, null=null)
@@ -348,7 +351,19 @@ def _known(request: Request, size: int) -> tuple[Array, Array] | None:
 
 
 def picture_keys(seed: int, count: int) -> Key[Array, " count"]:
-    """A key for each picture, which depends on the seed and its number only."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(seed), jnp.arange(count)
+    """A key for each picture of a seed, which depends on its number only."""
+    return make_keys(np.full(count, seed), np.arange(count))
+
+
+def make_keys(
+    seeds: Int[np.ndarray, " b"], numbers: Int[np.ndarray, " b"]
+) -> Key[Array, " b"]:
+    """A key for each picture, of its seed and its number."""
+    return _make_keys(np.uint32(seeds), np.uint32(numbers))
+
+
+@jax.jit
+def _make_keys(seeds: UInt32[Array, " b"], numbers: UInt32[Array, " b"]) -> Array:
+    return jax.vmap(lambda s, k: jax.random.fold_in(jax.random.key(s), k))(
+        seeds, numbers
     )

@@ -6,20 +6,18 @@ Pictures, settings and results are those of `edit`.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate as diffusion
-from dalle2_jax.diffusion import process
 from dalle2_jax.errors import UserError
 from dalle2_jax.pipeline import generate
 from dalle2_jax.pipeline import settings as asked
 from dalle2_jax.pipeline.edit import Pictures
 from dalle2_jax.pipeline.encode import as_one
 from dalle2_jax.pipeline.generate import Progress, Request
-from dalle2_jax.pipeline.models import Model
+from dalle2_jax.pipeline.models import Model, in_batches
 from dalle2_jax.pipeline.settings import Settings
 
 REPEATS = 4  # how often RePaint takes a step
@@ -59,13 +57,16 @@ def img2img(
     table = diffusion.levels(decoder.diffusion, sampling[0])
     left = max(1, round(strength * table.steps))
     x0 = image.to_float(image.square(as_one(picture)[0], decoder.size))
-    keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, decoder.size)
-    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape))(keys)
-    x0 = jnp.broadcast_to(x0, eps.shape)
-    start = process.q_sample(table, x0, jnp.int32(left - 1), eps)
+
+    def noised(rows: np.ndarray) -> np.ndarray:
+        keys = generate.make_keys(request.seeds[rows], request.numbers[rows])
+        level = np.float32([table.signal[left - 1], table.noise[left - 1]])
+        return np.asarray(_noised(keys, x0, level))
+
+    start = in_batches(noised, len(request.tokens), 1, generate.BATCH)
     steps = {"steps": tuple(int(t) for t in table.timesteps[:left])}
     sampling = {**request.sampling, "decoder": [each | steps for each in sampling]}
-    request = request._replace(start=np.asarray(start), sampling=sampling)
+    request = request._replace(start=start, sampling=sampling)
     return generate.cascade(model, request, progress)
 
 
@@ -178,3 +179,13 @@ def _paint(
     known = image.to_float(picture)[None], mask
     painted = generate.cascade(model, request._replace(known=known), progress)
     return np.where(white[..., None], painted, picture)
+
+
+@jax.jit
+def _noised(
+    keys: Key[Array, " b"], x0: Float[Array, "s s 3"], level: Float[Array, "2"]
+) -> Float[Array, "b s s 3"]:
+    """A picture with the noise of each key, at a level's signal and noise."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, len(x0))
+    eps = jax.vmap(lambda key: jax.random.normal(key, x0.shape))(keys)
+    return level[0] * x0 + level[1] * eps
