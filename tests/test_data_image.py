@@ -1,6 +1,7 @@
 """Pictures: ranges, files of every mode, crops, resizing and blurring."""
 
 import io
+import subprocess
 
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +125,24 @@ def test_read_names_what_is_wrong(tmp_path):
         image.read(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot read"):
         image.read(whole[:50] + bytes(50) + whole[100:])
+
+
+@pytest.mark.parametrize("extension", image.EXTENSIONS)
+def test_read_knows_the_formats_of_all_extensions(extension, tmp_path):
+    picture = Image.new("RGB", (16, 16), "white")
+    path = tmp_path / f"a{extension}"
+    mode = {".pgm": "L", ".pbm": "1"}.get(extension, "RGB")
+    picture.convert(mode).save(path)
+    assert image.read(path).getpixel((8, 8)) == (255, 255, 255)
+
+
+def test_read_starts_no_program(monkeypatch):
+    for name in ("Popen", "call", "check_call", "run"):
+        monkeypatch.setattr(subprocess, name, lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(UserError, match="not a picture in a known format"):
+        image.read(encode(Image.new("RGB", (8, 8)), "EPS"))
+    assert {"PNG", "JPEG", "WEBP"} <= set(image.FORMATS)
+    assert not {"EPS", "WMF", "PDF"} & set(image.FORMATS)
 
 
 def test_save_png_keeps_metadata(tmp_path):

@@ -18,7 +18,18 @@ from PIL.PngImagePlugin import PngInfo
 
 from dalle2_jax.errors import UserError, first_line
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+# Only the formats of these extensions are read, whatever a file is called: Pillow's
+# decoders of others start a program (EPS) or take nearly any file for theirs (TGA).
+# Extensions that the installed Pillow can't decode (AVIF before 11.3) are left out.
+EXTENSIONS = tuple(
+    extension
+    for extension in (
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp"),
+        *(".dib", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm"),
+    )
+    if extension in Image.registered_extensions()
+)
+FORMATS = tuple({Image.registered_extensions()[e]: None for e in EXTENSIONS})
 CROPS = ("center", "random")
 
 # What OpenAI's CLIP was trained with: statistics of pictures in [0, 1].
@@ -114,9 +125,8 @@ def grid(
 def _open(source, at_least: int | None) -> Image.Image:
     if isinstance(source, Image.Image):
         return ImageOps.exif_transpose(source)
-    with Image.open(
-        io.BytesIO(source) if isinstance(source, bytes) else source
-    ) as file:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with Image.open(file, formats=FORMATS) as file:
         if at_least is not None:
             file.draft(None, (at_least, at_least))
         ImageOps.exif_transpose(file, in_place=True)  # loads it
