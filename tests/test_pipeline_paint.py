@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import dalle2_jax
 from dalle2_jax.data import image, shapes
@@ -31,6 +32,22 @@ def test_what_the_mask_leaves_stays_to_the_bit(model, pictures):
         np.testing.assert_array_equal(one[~mask], picture[~mask])
         assert (one[mask] != picture[mask]).mean() > 0.5
     assert (painted[0] != painted[1]).any()
+
+
+def test_what_is_transparent_is_painted(model, pictures):
+    mask = np.zeros((48, 48), bool)
+    mask[12:30, 12:36] = True
+    erased = np.dstack([pictures[0], np.where(mask, 0, 255).astype(np.uint8)])
+    expected = paint.inpaint(model, pictures[0], mask, RED, size=16)
+    for source, mode in ((erased, None), (Image.fromarray(erased), "alpha")):
+        painted = paint.inpaint(
+            model, pictures[0], source, RED, size=16, mask_mode=mode
+        )
+        np.testing.assert_array_equal(painted, expected)
+    own = paint.inpaint(model, erased, None, RED, size=16)
+    changed = (own != expected).any((0, 3))
+    assert not changed[:3].any() and not changed[:, :3].any()
+    assert (own != image.square(pictures[0], 16))[:, 4:10, 4:12].mean() > 0.5
 
 
 def test_a_decoder_trained_to_inpaint_is_shown_what_stays(model, pictures):
@@ -77,9 +94,10 @@ def test_what_cannot_be_painted_is_told(model, pictures):
     a = pictures[0]
     white = np.ones((48, 48), bool)
     refuse(lambda: paint.img2img(model, a, RED, strength=0), "strength=0")
-    refuse(lambda: paint.inpaint(model, a, ~white, RED), "all black")
+    refuse(lambda: paint.inpaint(model, a, ~white, RED), "selects nothing")
     refuse(lambda: paint.inpaint(model, a, white[:9], RED), "48 × 9", "48 × 48")
-    refuse(lambda: paint.inpaint(model, a, 1.0 * white, RED), "bool or uint8")
+    refuse(lambda: paint.inpaint(model, a, 2.0 * white, RED), "bool, uint8")
+    refuse(lambda: paint.inpaint(model, a, None, RED), "no mask")
     refuse(lambda: paint.inpaint(model, a, white, RED, repeats=0), "repeats=0")
     refuse(lambda: paint.outpaint(model, a, RED, extend=0), "extend=0")
     refuse(lambda: paint.outpaint(model, a, RED, place=(2, 0)), "place=(2, 0)")
