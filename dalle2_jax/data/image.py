@@ -5,6 +5,7 @@ and diffusion see float32 in [-1, 1].
 """
 
 import io
+import math
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -116,11 +117,17 @@ def save_png(
 def grid(
     images: UInt8[Array | np.ndarray, "n h w 3"], columns: int, gap: int = 2
 ) -> Image.Image:
-    """Lays out pictures of one size row by row, on white."""
+    """Lay out pictures of one size row by row, on white.
+
+    Those of a sheet of more than `MAX_PIXELS` are made smaller, so that it can be read.
+    """
     images = np.asarray(images)
     count, height, width, _ = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
+    step = math.ceil(math.sqrt(rows * columns * height * width / MAX_PIXELS))
+    images = images[:, ::step, ::step]
+    _, height, width, _ = images.shape
     sheet = np.full(
         (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8
     )

@@ -173,5 +173,4 @@ def _paint(
         model = model._replace(decoder=part.replace(sampling=part.sampling.copy(again)))
     mask = white[None, ..., None].astype(np.float32)
     known = image.to_float(picture)[None], mask
-    painted = generate.cascade(model, request._replace(known=known), progress)
-    return np.where(white[..., None], painted, picture)
+    return generate.cascade(model, request._replace(known=known), progress)
