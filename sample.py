@@ -139,16 +139,17 @@ def settings(text: str, flag: str, number: type) -> dict:
         try:
             return number(value)
         except ValueError:
-            return value  # a name such as fast27, which the sampler checks
+            if number is int and value:
+                return value  # a name such as fast27, which the sampler checks
+            raise UserError(
+                f"--{flag}={text}: {value!r} is no number; write NETWORK=NUMBER, as "
+                "decoder=50,prior=25"
+            ) from None
 
     result = {}
     for item in filter(None, text.split(",")):
         name, _, value = item.partition("=")
         values = tuple(map(parse, value.split("+")))
-        if "" in values:
-            raise UserError(
-                f"--{flag}={text}: write NETWORK=NUMBER, as decoder=50,prior=25"
-            )
         if name in result:
             raise UserError(f"--{flag}={text}: {name} is given twice")
         if len(values) > 1 and name != "upsampler":

@@ -178,11 +178,9 @@ def test_read_is_bounded(monkeypatch):
     Image.new("1", (1, 1)).save(bomb, "PNG", pnginfo=info)
     with pytest.raises(UserError, match="too large"):
         image.read(bomb.getvalue())
-    monkeypatch.setattr(image, "MAX_PIXELS", 99)
-    with pytest.raises(UserError, match="10 × 10 pixels are more than the 99 allowed"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(UserError, match=r"100 pixels\) exceeds limit of 80 pixels"):
         image.read(encode(Image.new("1", (10, 10))))
-    photo = encode(Image.new("RGB", (64, 80)), "JPEG")
-    assert image.read(photo, at_least=8).size == (8, 10)
 
 
 def test_read_keeps_the_picture_when_the_file_is_gone(tmp_path):
@@ -283,6 +281,13 @@ def test_grid_lays_out_in_rows():
     assert (sheet[0, 0] == 0).all() and (sheet[5, 7] == 40).all()
     assert (sheet[5:, 14:] == 255).all() and (sheet[:, 6] == 255).all()
     assert image.grid(pictures[:1], 3).size == (6, 4)
+
+
+def test_grid_of_many_pictures_shrinks_them(monkeypatch):
+    monkeypatch.setattr(image, "GRID_PIXELS", 4 * 64)
+    pictures = np.arange(16, dtype=np.uint8)[:, None, None, None]
+    sheet = image.grid(pictures.repeat(8, 1).repeat(8, 2).repeat(3, 3), 4, gap=0)
+    assert sheet.size == (16, 16) and sheet.getpixel((15, 15)) == (15, 15, 15)
 
 
 # Crops

@@ -32,7 +32,7 @@ EXTENSIONS = tuple(
     if extension in Image.registered_extensions()
 )
 FORMATS = tuple({Image.registered_extensions()[e]: None for e in EXTENSIONS})
-MAX_PIXELS = 2**27  # of a file: 134 million
+GRID_PIXELS = 2**27
 CROPS = ("center", "random")
 
 # What OpenAI's CLIP was trained with: statistics of pictures in [0, 1].
@@ -75,8 +75,8 @@ def read(source: Any, at_least: int | None = None) -> Image.Image:
         fast, as long as both its sides keep at least so many pixels.
 
     Raises:
-      UserError: not a picture in one of `FORMATS`, damaged, or of more than
-        `MAX_PIXELS` pixels.
+      UserError: not a picture in one of `FORMATS`, damaged, or of more pixels than
+        Pillow allows (twice PIL.Image.MAX_IMAGE_PIXELS, 179 million).
     """
     return _read(source, _to_rgb, at_least)
 
@@ -119,13 +119,13 @@ def grid(
 ) -> Image.Image:
     """Lay out pictures of one size row by row, on white.
 
-    Those of a sheet of more than `MAX_PIXELS` are made smaller, so that it can be read.
+    Those of a sheet of more than `GRID_PIXELS` are made smaller: it could not be read.
     """
     images = np.asarray(images)
     count, height, width, _ = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    step = math.ceil(math.sqrt(rows * columns * height * width / MAX_PIXELS))
+    step = math.ceil(math.sqrt(rows * columns * height * width / GRID_PIXELS))
     images = images[:, ::step, ::step]
     _, height, width, _ = images.shape
     sheet = np.full(
@@ -189,11 +189,6 @@ def _open(source: Any, at_least: int | None) -> Image.Image:
     with Image.open(file, formats=FORMATS) as picture:
         if at_least is not None:
             picture.draft(None, (at_least, at_least))
-        if picture.width * picture.height > MAX_PIXELS:
-            raise UserError(
-                f"its {picture.width} × {picture.height} pixels are more than the "
-                f"{MAX_PIXELS:,} allowed"
-            )
         picture.load()
         return _upright(picture)
 
