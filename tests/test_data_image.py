@@ -103,6 +103,8 @@ def test_read_scales_16_and_32_bits(values, levels, tmp_path):
 def test_read_knows_16_bits_by_the_format():
     dark = b"P5 2 1 65535\n\x00\x64\x00\xff"  # of 65,535, though no more than 255
     assert np.asarray(image.read(dark)).max() == 0
+    floats = b"Pf 2 1 -1.0\n" + np.array([0.4, 1], "<f4").tobytes()
+    assert np.asarray(image.read(floats))[0, :, 0].tolist() == [102, 255]
 
 
 def test_read_refuses_what_is_not_finite():

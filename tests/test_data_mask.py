@@ -122,7 +122,8 @@ def test_a_picture_of_one_colour_with_a_part_erased_could_mean_either():
     [
         (WHITE, "white", "mask_mode='white'"),
         (WHITE, "alpha", "has no alpha"),
-        (PICTURE, "alpha", "no transparent pixels"),
+        (PICTURE, "alpha", "opaque all over"),
+        (Image.new("RGBA", SHAPE[::-1], (0, 0, 0, 1)), "alpha", "transparent all over"),
         (None, None, "no mask"),
         (255.0 * SELECTED, None, "floats from 0 to 1"),
         (np.full(SHAPE, np.nan), None, "floats from 0 to 1"),

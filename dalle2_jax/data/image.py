@@ -105,13 +105,13 @@ def save_png(
         picture = Image.fromarray(np.asarray(picture))
     data = io.BytesIO()
     picture.save(data, format="PNG", pnginfo=info)
-    with open(path, "wb" if replace else "xb") as file:
-        try:
+    file = open(path, "wb" if replace else "xb")
+    try:
+        with file:
             file.write(data.getbuffer())
-            file.flush()
-        except BaseException:
-            os.unlink(path)
-            raise
+    except BaseException:
+        os.unlink(path)
+        raise
 
 
 def grid(
@@ -220,11 +220,13 @@ def _to_rgba(picture: Image.Image) -> Image.Image:
 def _levels(picture: Image.Image) -> UInt8[np.ndarray, "h w"]:
     """A grey picture of 16 or 32 bits at 8 bits.
 
-    The modes I and F don't tell what is white: it is 1 if no value is larger, else 255,
-    else 65,535. Larger or negative values are scaled by the least and the largest.
+    Modes I and F don't tell what is white, but for files that have 16 bits at most. It
+    is 1 if no value is larger, else 255, else 65,535. Larger or negative values are
+    scaled by the least and the largest.
     """
     values = np.asarray(picture)
-    if picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM"):
+    deep = picture.mode == "I" and picture.format in ("PNG", "PPM")
+    if picture.mode.startswith("I;16") or deep:
         return (values.astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
     low, high = float(values.min()), float(values.max())
     if not np.isfinite(high - low):

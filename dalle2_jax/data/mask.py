@@ -59,11 +59,6 @@ def read_mask(
         )
     if mask is None:
         return selected
-    if mode == "alpha" and not selected.any():
-        raise UserError(
-            'mask_mode="alpha": the mask has no transparent pixels; make transparent '
-            'what is to be painted, or take mask_mode="luminance"'
-        )
     if mode is None and selected.any():
         if not _shows(mask, np.asarray(picture)):
             raise UserError(
@@ -72,7 +67,15 @@ def read_mask(
                 'mask_mode="luminance" to paint what is white'
             )
         mode = "alpha"
-    return selected if mode == "alpha" else _luminance(mask) >= 128
+    if mode != "alpha":
+        return _luminance(mask) >= 128
+    if selected.all() or not selected.any():
+        raise UserError(
+            f"the mask is {'transparent' if selected.all() else 'opaque'} all over: make "
+            "transparent what is to be painted and opaque what stays, or take mask_mode="
+            '"luminance"'
+        )
+    return selected
 
 
 def square_mask(
