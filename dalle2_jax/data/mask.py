@@ -71,9 +71,9 @@ def read_mask(
         return _luminance(mask) >= 128
     if selected.all() or not selected.any():
         raise UserError(
-            f"the mask is {'transparent' if selected.all() else 'opaque'} all over: make "
-            "transparent what is to be painted and opaque what stays, or take mask_mode="
-            '"luminance"'
+            f"the mask is {'transparent' if selected.all() else 'opaque'} all over: "
+            "make what is to be painted transparent and the rest opaque, or take "
+            'mask_mode="luminance"'
         )
     return selected
 
