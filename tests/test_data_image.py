@@ -25,6 +25,9 @@ def noise(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
+PHOTO = Image.fromarray(np.uint8(128 + 30 * noise(40, 48, 3)).clip(0, 255))
+
+
 # Ranges
 
 
@@ -171,6 +174,22 @@ def test_read_does_not_wait_for_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(UserError, match="is not a file"):
         image.read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("format", image.FORMATS)
+def test_read_of_damaged_files_ends_in_a_line(format, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(encode(PHOTO, format), np.uint8)
+    said = []
+    for most in (len(whole), 40) * 20:
+        data = whole.copy()
+        data[rng.integers(min(most, len(data)), size=3)] = rng.integers(256, size=3)
+        try:
+            image.read(data.tobytes())
+        except UserError as error:
+            said.append(str(error))
+    assert said and not any("\n" in line for line in said)
 
 
 def test_read_is_bounded(monkeypatch):
