@@ -144,7 +144,7 @@ def theirs(
     from torch.utils.data import DataLoader
 
     def load(example: dict[str, Any]) -> dict[str, Any]:
-        picture = Image.open(io.BytesIO(example["jpg"]))
+        picture = Image.open(io.BytesIO(example["jpg"]), formats=["JPEG"])
         if not full:
             picture.draft(None, (max(sizes), max(sizes)))
         square = middle(picture.convert("RGB"))

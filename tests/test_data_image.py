@@ -1,11 +1,15 @@
 """Pictures: ranges, files of every mode, crops, resizing and blurring."""
 
 import io
+import os
+import resource
+import subprocess
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dalle2_jax.data import image
 from dalle2_jax.errors import UserError
@@ -19,6 +23,9 @@ def encode(picture, format="PNG", **options):
 
 def noise(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+PHOTO = Image.fromarray(np.uint8(128 + 30 * noise(40, 48, 3)).clip(0, 255))
 
 
 # Ranges
@@ -75,10 +82,38 @@ def test_read_turns_every_mode_to_rgb(mode, tmp_path):
     assert read.mode == "RGB" and read.getpixel((1, 1)) == (255, 255, 255)
 
 
-def test_read_scales_16_bits():
-    values = np.array([[0, 256 * 100, 65535]], np.uint16)
-    read = image.read(encode(Image.fromarray(values)))
-    assert [read.getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+@pytest.mark.parametrize(
+    ("values", "levels"),
+    [
+        (np.array([[0, 256 * 100, 65535]], np.uint16), [0, 100, 255]),
+        (np.array([[0, 256 * 100, 65535]], np.int32), [0, 100, 255]),
+        (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),
+        (np.array([[0, 2**30, 2**31 - 1]], np.int32), [0, 128, 255]),
+        (np.array([[0, 0.4, 1]], np.float32), [0, 102, 255]),
+        (np.array([[0, 99.6, 255]], np.float32), [0, 100, 255]),
+        (np.array([[0, 25600.5, 65535]], np.float32), [0, 100, 255]),
+        (np.array([[-3, 0, 3]], np.float32), [0, 128, 255]),
+        (np.array([[7e9, 7e9]], np.float32), [0, 0]),
+        (np.array([[0, 0]], np.float32), [0, 0]),
+    ],
+)
+def test_read_scales_16_and_32_bits(values, levels, tmp_path):
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    for source in (tmp_path / "a.tiff", Image.fromarray(values)):
+        assert np.asarray(image.read(source))[0, :, 1].tolist() == levels
+
+
+def test_read_knows_16_bits_by_the_format():
+    dark = b"P5 2 1 65535\n\x00\x64\x00\xff"  # of 65,535, though no more than 255
+    assert np.asarray(image.read(dark)).max() == 0
+    floats = b"Pf 2 1 -1.0\n" + np.array([0.4, 1], "<f4").tobytes()
+    assert np.asarray(image.read(floats))[0, :, 0].tolist() == [102, 255]
+
+
+def test_read_refuses_what_is_not_finite():
+    values = np.array([[0, np.nan]], np.float32)
+    with pytest.raises(UserError, match="not finite"):
+        image.read(Image.fromarray(values))
 
 
 def test_read_turns_upright():
@@ -87,6 +122,86 @@ def test_read_turns_upright():
     picture = Image.new("RGB", (8, 4))
     assert image.read(encode(picture, "JPEG", exif=exif)).size == (4, 8)
     assert image.read(picture).size == (8, 4)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_read_takes_pictures_with_a_damaged_exif(format):
+    data = encode(Image.new("RGB", (8, 4)), format, exif=b"Exif\0\0no TIFF")
+    assert image.read(data).size == (8, 4)
+
+
+def test_read_takes_the_first_frame():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for format in ("GIF", "PNG", "WEBP", "TIFF"):
+        data = encode(
+            frames[0], format, save_all=True, append_images=frames[1:], lossless=True
+        )
+        assert image.read(data).getpixel((1, 1)) == (255, 0, 0), format
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_read_takes_arrays(xp):
+    grey = xp.arange(12, dtype="uint8").reshape(3, 4)
+    expected = np.asarray(grey)[..., None].repeat(3, -1)
+    clear = xp.concatenate([expected, xp.zeros((3, 4, 1), "uint8")], -1)
+    for array in (grey, grey[..., None], xp.asarray(expected)):
+        np.testing.assert_array_equal(np.asarray(image.read(array)), expected)
+    assert (np.asarray(image.read(clear)) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "type NoneType"),
+        (7, "type int"),
+        (np.zeros((4, 4, 3), np.float32), "dtype float32: give uint8"),
+        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\)"),
+        (np.zeros((0, 4, 3), np.uint8), "4 × 0 pixels"),
+        ("/dev/zero", "is not a file"),
+        ("/", "is not a file"),
+        ("~/nothing/here.png", "/root/nothing/here.png"),
+        ("\udcff.png", "there is no file"),
+        ("a\0.png", "null byte"),
+    ],
+)
+def test_read_says_what_is_no_picture(source, message, monkeypatch):
+    monkeypatch.setenv("HOME", "/root")
+    with pytest.raises(UserError, match=message):
+        image.read(source)
+
+
+def test_read_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UserError, match="is not a file"):
+        image.read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("format", image.FORMATS)
+def test_read_of_damaged_files_ends_in_a_line(format, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(encode(PHOTO, format), np.uint8)
+    said = []
+    for most in (len(whole), 40) * 20:
+        data = whole.copy()
+        data[rng.integers(min(most, len(data)), size=3)] = rng.integers(256, size=3)
+        try:
+            image.read(data.tobytes())
+        except UserError as error:
+            said.append(str(error))
+    assert said and not any("\n" in line for line in said)
+
+
+def test_read_is_bounded(monkeypatch):
+    bomb = io.BytesIO()
+    info = PngInfo()
+    info.add_itxt("a", "0" * 2**21, zip=True)
+    Image.new("1", (1, 1)).save(bomb, "PNG", pnginfo=info)
+    with pytest.raises(UserError, match="too large"):
+        image.read(bomb.getvalue())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(UserError, match=r"100 pixels\) exceeds limit of 80 pixels"):
+        image.read(encode(Image.new("1", (10, 10))))
 
 
 def test_read_keeps_the_picture_when_the_file_is_gone(tmp_path):
@@ -115,7 +230,9 @@ def test_read_names_what_is_wrong(tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*a\.png"):
         image.read(path)
     path.write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"a\.png: not a picture in a known format$"):
+    with pytest.raises(
+        UserError, match=r"a\.png: not a picture in a known format \(PNG"
+    ):
         image.read(path)
     with pytest.raises(UserError, match="not a picture"):
         image.read(b"")
@@ -124,6 +241,24 @@ def test_read_names_what_is_wrong(tmp_path):
         image.read(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot read"):
         image.read(whole[:50] + bytes(50) + whole[100:])
+
+
+@pytest.mark.parametrize("extension", image.EXTENSIONS)
+def test_read_knows_the_formats_of_all_extensions(extension, tmp_path):
+    picture = Image.new("RGB", (16, 16), "white")
+    path = tmp_path / f"a{extension}"
+    mode = {".pgm": "L", ".pbm": "1"}.get(extension, "RGB")
+    picture.convert(mode).save(path)
+    assert image.read(path).getpixel((8, 8)) == (255, 255, 255)
+
+
+def test_read_starts_no_program(monkeypatch):
+    for name in ("Popen", "call", "check_call", "run"):
+        monkeypatch.setattr(subprocess, name, lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(UserError, match="not a picture in a known format"):
+        image.read(encode(Image.new("RGB", (8, 8)), "EPS"))
+    assert {"PNG", "JPEG", "WEBP"} <= set(image.FORMATS)
+    assert not {"EPS", "WMF", "PDF"} & set(image.FORMATS)
 
 
 def test_save_png_keeps_metadata(tmp_path):
@@ -135,6 +270,31 @@ def test_save_png_keeps_metadata(tmp_path):
         np.testing.assert_array_equal(np.asarray(saved), picture)
 
 
+def test_save_png_keeps_what_has_no_bytes_as_escapes(tmp_path):
+    image.save_png(tmp_path / "a.png", Image.new("L", (1, 1)), {"image": "\udcff.png"})
+    assert Image.open(tmp_path / "a.png").text["image"] == r"\udcff.png"
+
+
+def test_save_png_replaces_only_what_it_may(tmp_path):
+    picture = Image.new("L", (1, 1))
+    image.save_png(tmp_path / "a.png", picture)
+    with pytest.raises(FileExistsError):
+        image.save_png(tmp_path / "a.png", picture, replace=False)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_save_png_leaves_no_half_of_a_file(tmp_path):
+    noisy = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(OSError):
+            image.save_png(tmp_path / "b.png", noisy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "b.png").exists()
+
+
 def test_grid_lays_out_in_rows():
     pictures = np.stack([np.full((4, 6, 3), 10 * i, np.uint8) for i in range(5)])
     sheet = np.asarray(image.grid(pictures, 3, gap=1))
@@ -142,6 +302,13 @@ def test_grid_lays_out_in_rows():
     assert (sheet[0, 0] == 0).all() and (sheet[5, 7] == 40).all()
     assert (sheet[5:, 14:] == 255).all() and (sheet[:, 6] == 255).all()
     assert image.grid(pictures[:1], 3).size == (6, 4)
+
+
+def test_grid_of_many_pictures_shrinks_them(monkeypatch):
+    monkeypatch.setattr(image, "GRID_PIXELS", 4 * 64)
+    pictures = np.arange(16, dtype=np.uint8)[:, None, None, None]
+    sheet = image.grid(pictures.repeat(8, 1).repeat(8, 2).repeat(3, 3), 4, gap=0)
+    assert sheet.size == (16, 16) and sheet.getpixel((15, 15)) == (15, 15, 15)
 
 
 # Crops
@@ -264,22 +431,13 @@ def test_clip_sees_what_transformers_shows_it(shape):
     np.testing.assert_allclose(normal, theirs.transpose(0, 2, 3, 1), atol=1e-5)
 
 
-def test_masks_are_read_from_pictures_and_arrays():
-    white = np.zeros((4, 6), np.uint8)
-    white[1, 2] = 200
-    for source in (white, white >= 128, Image.fromarray(white)):
-        np.testing.assert_array_equal(image.read_mask(source), white > 0)
-    with pytest.raises(UserError, match="bool or uint8"):
-        image.read_mask(np.zeros((4, 4)))
-
-
-def test_a_smaller_mask_has_every_pixel_that_it_touches():
-    mask = np.zeros((8, 12), bool)  # its middle square is columns 2 to 10
-    mask[3, 4] = True
-    expected = np.zeros((4, 4), bool)
-    expected[1, 1] = True
-    np.testing.assert_array_equal(image.square_mask(mask, 4), expected)
-    assert image.square_mask(mask, 3).sum() == 2  # its column is cut at 8/3
+@pytest.mark.parametrize("shape", [(1, 10**6), (10**6, 1)])
+def test_long_pictures_take_no_memory(shape):
+    stripe = np.zeros((*shape, 3), np.uint8)
+    stripe.reshape(-1, 3)[stripe.size // 6 - 99 : stripe.size // 6 + 99] = 255
+    assert (image.clip_input(stripe, 64) == 255).all()
+    assert image.square(stripe, 64).shape == (64, 64, 3)
+    assert image.on_canvas(image.read(stripe), 64, 1.5, (0, 0))[0].shape == (64, 64, 3)
 
 
 def test_a_canvas_holds_the_whole_picture():

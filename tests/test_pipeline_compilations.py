@@ -60,7 +60,7 @@ def test_text_to_image_compiles_once_for_all_settings(model):
         draw(guidance=3.5),
         draw(guidance={"prior": 0.0, "decoder": 4.0}),
         draw(steps=5),
-        draw(steps={"prior": 7, "decoder": "ddim4", "upsampler": [0, 500, 999]}),
+        draw(steps={"prior": 7, "decoder": "ddim4", "upsampler": ([0, 500, 999],)}),
         draw(negative_prompt=BLUE),
         lambda: dalle2_jax.text_to_image(
             model, [RED, BLUE], num=4, guidance=2.0, steps=3

@@ -41,6 +41,34 @@ def test_pictures_of_each_prompt_stand_together(model):
     assert len({p.tobytes() for p in pictures}) == 6
 
 
+def test_pictures_are_handed_over_as_they_are_made(model, monkeypatch):
+    monkeypatch.setattr(generate, "BATCH", 1)  # 8 at once on 8 devices
+    handed = []
+
+    def progress(stage, done, total):
+        assert len(handed) == (0 if done == 8 else 1)
+
+    progress.finished = handed.append
+    quick = {"size": 16, "steps": {"prior": 1, "decoder": 1}, "progress": progress}
+    pictures = dalle2_jax.text_to_image(model, RED, num=12, **quick)
+    assert [len(batch) for batch in handed] == [8, 4]
+    np.testing.assert_array_equal(np.concatenate(handed), pictures)
+
+    handed.clear()
+    quick["progress"] = Handed(handed)
+    best = dalle2_jax.text_to_image(model, [RED, BLUE], num=2, best_of=5, **quick)
+    assert [len(batch) for batch in handed] == [2, 2]
+    np.testing.assert_array_equal(np.concatenate(handed), best)
+
+
+class Handed:
+    def __init__(self, handed):
+        self.finished = handed.append
+
+    def __call__(self, *_):
+        pass
+
+
 def test_a_picture_does_not_depend_on_its_batch(model, monkeypatch):
     many = dalle2_jax.text_to_image(model, RED, num=20, seed=3)
     few = dalle2_jax.text_to_image(model, RED, num=2, seed=3)

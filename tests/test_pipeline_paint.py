@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import dalle2_jax
 from dalle2_jax.data import image, shapes
-from dalle2_jax.pipeline import paint
+from dalle2_jax.pipeline import generate, paint
 from tests.test_pipeline_edit import RED, psnr, refuse
 
 
@@ -31,6 +32,32 @@ def test_what_the_mask_leaves_stays_to_the_bit(model, pictures):
         np.testing.assert_array_equal(one[~mask], picture[~mask])
         assert (one[mask] != picture[mask]).mean() > 0.5
     assert (painted[0] != painted[1]).any()
+
+
+def test_what_is_transparent_is_painted(model, pictures, monkeypatch):
+    known = []
+
+    def cascade(model, request, progress):
+        known.append([np.asarray(x)[0] for x in request.known])
+        return np.zeros((1, 16, 16, 3), np.uint8)
+
+    monkeypatch.setattr(generate, "cascade", cascade)
+    mask = np.zeros((48, 48), bool)
+    mask[12:30, 12:36] = True
+    erased = np.dstack([pictures[0], np.where(mask, 0, 255).astype(np.uint8)])
+    for picture, source, mode in (
+        (pictures[0], mask, None),
+        (pictures[0], erased, None),
+        (pictures[0], Image.fromarray(erased), "alpha"),
+        (erased, None, None),
+    ):
+        paint.inpaint(model, picture, source, RED, size=16, mask_mode=mode)
+    assert known[0][1].sum() == 6 * 8
+    for picture, selected in known[1:]:
+        np.testing.assert_array_equal(selected, known[0][1])
+        far = np.ones((16, 16), bool)
+        far[2:12, 2:14] = False  # of what bicubic resizing blends with what is erased
+        np.testing.assert_array_equal(picture[far], known[0][0][far])
 
 
 def test_a_decoder_trained_to_inpaint_is_shown_what_stays(model, pictures):
@@ -77,9 +104,10 @@ def test_what_cannot_be_painted_is_told(model, pictures):
     a = pictures[0]
     white = np.ones((48, 48), bool)
     refuse(lambda: paint.img2img(model, a, RED, strength=0), "strength=0")
-    refuse(lambda: paint.inpaint(model, a, ~white, RED), "all black")
+    refuse(lambda: paint.inpaint(model, a, ~white, RED), "selects nothing")
     refuse(lambda: paint.inpaint(model, a, white[:9], RED), "48 × 9", "48 × 48")
-    refuse(lambda: paint.inpaint(model, a, 1.0 * white, RED), "bool or uint8")
+    refuse(lambda: paint.inpaint(model, a, 2.0 * white, RED), "bool, uint8")
+    refuse(lambda: paint.inpaint(model, a, None, RED), "no mask")
     refuse(lambda: paint.inpaint(model, a, white, RED, repeats=0), "repeats=0")
     refuse(lambda: paint.outpaint(model, a, RED, extend=0), "extend=0")
     refuse(lambda: paint.outpaint(model, a, RED, place=(2, 0)), "place=(2, 0)")

@@ -6,12 +6,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from PIL import Image
 
+import dalle2_jax
+import sample
 from dalle2_jax import checkpoint
+from dalle2_jax.data import image
+from dalle2_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 CLIP = "--config=configs/clip.py:tiny"
@@ -88,6 +95,13 @@ def test_data_that_train_refuses(tmp_path, prepare, message):
     assert message in said
 
 
+def sample_here(*arguments):
+    """Runs sample.py's main in this process, which takes no time to start."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["sample.py", *map(str, arguments)])
+        sample.main()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,24 +109,128 @@ def test_data_that_train_refuses(tmp_path, prepare, message):
         (["--prompt="], "is empty"),
         (["--prompt=a", "--model=/nothing"], "is not a model"),
         (["--prompt=a", "--num=0"], "num=0"),
+        (["--prompt=a", "--num=1000000000"], "num=1000000000"),
+        (["--prompt=a", "--prompt=b", "--num=9000"], "18,000 pictures: at most 10,000"),
+        (["--prompt=a", "--best_of=1000000000"], "best_of=1000000000"),
         (["--prompt=a", "--size=99"], "size=99: this model makes"),
+        (["--prompt=a", "--seed=-1"], "seed=-1"),
         (["--prompt=a", "--steps=50"], "write NETWORK=NUMBER"),
+        (["--prompt=a", "--steps=decoder="], "write NETWORK=NUMBER"),
+        (["--prompt=a", "--steps=upsampler=2+"], "write NETWORK=NUMBER"),
         (["--prompt=a", "--steps=decoder=fast"], "fast"),
+        (["--prompt=a", "--steps=decoder=2+50"], "give the decoder one number"),
+        (["--prompt=a", "--steps=decoder=2,decoder=3"], "decoder is given twice"),
+        (["--prompt=a", "--guidance=prior=2,prior=2"], "prior is given twice"),
         (["--prompt=a", "--guidance=prior=high"], "'high'"),
         (["--prompt=a", "--num=many"], "many"),
         (["--prompt=a", "--tile=15"], "tile=15: must be a multiple of 2"),
         (["--prompt=a", "--mask=b.png"], "text_to_image takes no --mask"),
+        (["--prompt=caf\udce9"], r"--prompt=['caf\udce9'] is not UTF-8"),
+        (["--prompt=a", "--negative_prompt=\udce9"], "is not UTF-8"),
         (["--task=variations"], "--task=variations needs --image=FILE"),
         (["--task=interpolate", "--image=a.png"], "needs --image2=FILE"),
+        (["--task=interpolate", "--frames=1000000000"], "frames=1000000000"),
         (["--task=text_diff", "--image=a", "--prompt=b"], "needs --prompt_from"),
         (["--task=reconstruct", "--image=a.png"], "there is no file a.png"),
+        (["--task=reconstruct", "--image=\udcff.png"], "there is no file \udcff.png"),
         (["--task=pca", "--image=a", "--components=1,b"], "--components=1,b"),
+        (["--task=inpaint", "--image={star}", "--prompt=a"], "no mask"),
+        (["--task=inpaint", "--image={star}", "--mask=b", "--prompt=a"], "no file b"),
+        (["--task=inpaint", "--mask_mode=white"], "mask_mode"),
+        (["--task=inpaint", "--repeats=1000000000"], "repeats"),
         (["--task=dream"], "dream"),
+        (["--prompt=a", "--out={file}"], "is a file: give a folder"),
+        (["--prompt=a", "--out={file}/b"], "cannot write to --out"),
+        (["--prompt=a", "--out=/proc"], "cannot write to --out=/proc"),
+        (["--prompt=a", "--out=/proc/b"], "cannot write to --out=/proc/b"),
+        (["--prompt=a", "--out=gs://a/b"], "local folders"),
     ],
 )
 def test_flags_that_sample_refuses(arguments, message, tiny_models, tmp_path):
+    names = {"{star}": ROOT / "docs" / "edits" / "star.png", "{file}": __file__}
     defaults = [f"--model={tiny_models['upsampler']}", f"--out={tmp_path}"]
-    assert message in refused("sample.py", *defaults, *arguments)
+    for name, path in names.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
+    with pytest.raises((UserError, flags.Error)) as raised:
+        sample_here(*defaults, *arguments)
+    assert message in str(raised.value) and "\n" not in str(raised.value).strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--task=dream"], ["--prompt=\udcff"]])
+def test_sample_says_what_it_refuses_in_a_line(arguments):
+    refused("sample.py", *arguments)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        sample.make_directory(str(tmp_path))
+
+
+def test_a_directory_may_begin_with_home_and_have_any_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("new", "\udcff", "ü #%20[1]"):
+        assert sample.make_directory(f"~/{name}") == tmp_path / name
+        assert list((tmp_path / name).iterdir()) == []
+
+
+@pytest.fixture
+def sample_fakes(monkeypatch, tmp_path):
+    """sample.py without a model: batches of 8 pictures of 4 px."""
+    monkeypatch.setattr(dalle2_jax, "load", lambda *_, **__: SimpleNamespace(path=""))
+
+    def make(model, values, progress, **rest):
+        pictures = np.arange(values["num"], dtype=np.uint8)[:, None, None, None]
+        pictures = pictures.repeat(4, 1).repeat(4, 2).repeat(3, 3)
+        for start in range(0, len(pictures), 8):
+            progress.finished(pictures[start : start + 8])
+        return pictures
+
+    monkeypatch.setattr(sample, "make", make)
+    return lambda num: sample_here("--prompt=a", f"--num={num}", f"--out={tmp_path}")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
+def test_pictures_are_saved_as_they_are_made(
+    error, sample_fakes, tmp_path, monkeypatch, capsys
+):
+    save = image.save_png
+
+    def fail(path, *rest, **options):
+        if path.name == "009.png":
+            raise error
+        save(path, *rest, **options)
+
+    monkeypatch.setattr(image, "save_png", fail)
+    with pytest.raises((UserError, SystemExit)) as raised:
+        sample_fakes(20)
+    said = f"9 pictures are in {tmp_path}: 000.png to 008.png"
+    if isinstance(error, OSError):
+        assert said in str(raised.value) and "No space left" in str(raised.value)
+    else:
+        assert raised.value.code == 130
+        assert capsys.readouterr().err == f"interrupted: {said}\n"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"{number:03d}.png" for number in range(9)]
+
+
+def test_pictures_of_earlier_runs_stay(sample_fakes, tmp_path, capsys):
+    (tmp_path / "000.png").mkdir()
+    (tmp_path / "007.png").write_bytes(b"mine")
+    (tmp_path / "notes.txt").touch()
+    sample_fakes(2)
+    sample_fakes(1)
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"1 picture is in {tmp_path}: 010.png, and grid_002.png"
+    assert f"2 pictures are in {tmp_path}: 008.png to 009.png, and grid.png" in said
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        *("000.png", "007.png", "008.png", "009.png", "010.png"),
+        *("grid.png", "grid_002.png", "notes.txt"),
+    }
+    assert (tmp_path / "007.png").read_bytes() == b"mine"
 
 
 def test_a_truncated_weights_file_is_refused(tiny_models, tmp_path):

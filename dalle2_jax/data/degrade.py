@@ -198,4 +198,4 @@ def through_jpeg(x: Picture, quality: int) -> Picture:
     file = io.BytesIO()
     pixels = Image.fromarray(x.clip(0, 255).round().astype(np.uint8))
     pixels.save(file, "JPEG", quality=quality)
-    return np.asarray(Image.open(file), np.float32)
+    return np.asarray(Image.open(file, formats=["JPEG"]), np.float32)

@@ -5,8 +5,10 @@ and diffusion see float32 in [-1, 1].
 """
 
 import io
+import math
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +20,19 @@ from PIL.PngImagePlugin import PngInfo
 
 from dalle2_jax.errors import UserError, first_line
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+# Only the formats of these extensions are read, whatever a file is called: Pillow's
+# decoders of others start a program (EPS) or take nearly any file for theirs (TGA).
+# Extensions that the installed Pillow can't decode (AVIF before 11.3) are left out.
+EXTENSIONS = tuple(
+    extension
+    for extension in (
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp"),
+        *(".dib", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm"),
+    )
+    if extension in Image.registered_extensions()
+)
+FORMATS = tuple({Image.registered_extensions()[e]: None for e in EXTENSIONS})
+GRID_PIXELS = 2**27
 CROPS = ("center", "random")
 
 # What OpenAI's CLIP was trained with: statistics of pictures in [0, 1].
@@ -48,60 +62,72 @@ def clip_normalize(x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
 # Files
 
 
-def read(
-    source: str | os.PathLike | bytes | np.ndarray | Image.Image,
-    at_least: int | None = None,
-) -> Image.Image:
-    """Decodes a picture of any mode to RGB: upright by its EXIF, its alpha on white.
+def read(source: Any, at_least: int | None = None) -> Image.Image:
+    """Return a picture as RGB: upright by its EXIF, transparency on white.
 
-    An array is uint8 [h, w, 3]. `at_least` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of
-    its size, several times as fast, as long as both its sides keep at least so many
-    pixels.
+    Of several frames it is the first. Pictures of 32 bits are scaled to 8 by their
+    values, see `_levels`.
 
-    Raises UserError if it is not a picture, damaged, or beyond Pillow's limit of size.
+    Args:
+      source: a path, the bytes of a file or an open one, a PIL image, or an array uint8
+        [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (RGBA).
+      at_least: let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, several times as
+        fast, as long as both its sides keep at least so many pixels.
+
+    Raises:
+      UserError: not a picture in one of `FORMATS`, damaged, or of more pixels than
+        Pillow allows (twice PIL.Image.MAX_IMAGE_PIXELS, 179 million).
     """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[-1] != 3:
-            raise UserError(
-                f"a picture of shape {source.shape} and dtype {source.dtype}: give "
-                "uint8 [height, width, 3]"
-            )
-        return Image.fromarray(source)
-    name = f"the picture {source}" if isinstance(source, str | os.PathLike) else "it"
-    try:
-        return _to_rgb(_open(source, at_least))
-    except FileNotFoundError:
-        raise UserError(f"there is no file {source}") from None
-    # Pillow's decoders raise nearly anything when fed damaged bytes.
-    except Exception as error:
-        reason = first_line(error)
-        if isinstance(error, UnidentifiedImageError):  # its text is an address
-            reason = "not a picture in a known format"
-        raise UserError(f"cannot read {name}: {reason}") from error
+    return _read(source, _to_rgb, at_least)
+
+
+def read_rgba(source: Any) -> Image.Image:
+    """Return a picture as RGBA, not premultiplied; see `read`."""
+    return _read(source, _to_rgba)
 
 
 def save_png(
     path: str | os.PathLike,
     picture: UInt8[Array | np.ndarray, "h w 3"] | Image.Image,
     metadata: Mapping[str, str] | None = None,
+    replace: bool = True,
 ) -> None:
-    """Writes a PNG with the metadata as its text chunks (any Unicode)."""
+    """Write a PNG with the metadata as its text chunks (any Unicode).
+
+    A file that can't be written whole is removed. Raises OSError; FileExistsError if
+    there is something at the path that is not to be replaced.
+    """
     info = PngInfo()
     for key, value in (metadata or {}).items():
-        info.add_itxt(key, value)
+        # Lone surrogates, as of file names that are not UTF-8, have no bytes.
+        info.add_itxt(key, value.encode(errors="backslashreplace").decode())
     if not isinstance(picture, Image.Image):
         picture = Image.fromarray(np.asarray(picture))
-    picture.save(path, format="PNG", pnginfo=info)
+    data = io.BytesIO()
+    picture.save(data, format="PNG", pnginfo=info)
+    file = open(path, "wb" if replace else "xb")
+    try:
+        with file:
+            file.write(data.getbuffer())
+    except BaseException:
+        os.unlink(path)
+        raise
 
 
 def grid(
     images: UInt8[Array | np.ndarray, "n h w 3"], columns: int, gap: int = 2
 ) -> Image.Image:
-    """Lays out pictures of one size row by row, on white."""
+    """Lay out pictures of one size row by row, on white.
+
+    Those of a sheet of more than `GRID_PIXELS` are made smaller: it could not be read.
+    """
     images = np.asarray(images)
     count, height, width, _ = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
+    step = math.ceil(math.sqrt(rows * columns * height * width / GRID_PIXELS))
+    images = images[:, ::step, ::step]
+    _, height, width, _ = images.shape
     sheet = np.full(
         (rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8
     )
@@ -111,27 +137,107 @@ def grid(
     return Image.fromarray(sheet)
 
 
-def _open(source, at_least: int | None) -> Image.Image:
+def _read(
+    source: Any,
+    convert: Callable[[Image.Image], Image.Image],
+    at_least: int | None = None,
+) -> Image.Image:
+    """A picture that is converted once it is decoded; UserError if that fails."""
+    name = "the picture"
+    if isinstance(source, str | os.PathLike):
+        source = os.path.expanduser(source)
+        name += f" {source}"
+    elif isinstance(source, np.ndarray | jax.Array):
+        source = _from_array(np.asarray(source))
+    elif not isinstance(source, bytes | Image.Image) and not hasattr(source, "read"):
+        raise UserError(
+            f"a picture of type {type(source).__name__}: give a path, the bytes of a "
+            "file, a PIL image or an array uint8 [height, width, 3]"
+        )
+    try:
+        picture = convert(_open(source, at_least))
+        if not all(picture.size):
+            raise UserError(f"it has {picture.width} × {picture.height} pixels")
+        return picture
+    except FileNotFoundError:
+        raise UserError(f"there is no file {source}") from None
+    # Pillow's decoders raise nearly anything when fed damaged bytes.
+    except Exception as error:
+        reason = first_line(error)
+        if isinstance(error, UnidentifiedImageError):  # its text is an address
+            reason = f"not a picture in a known format ({', '.join(FORMATS)})"
+        raise UserError(f"cannot read {name}: {reason}") from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
+        raise UserError(
+            f"a picture of shape {array.shape} and dtype {array.dtype}: give uint8 "
+            "[height, width, 3]"
+        )
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+
+
+def _open(source: Any, at_least: int | None) -> Image.Image:
+    """A picture of any mode, loaded and upright."""
     if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source)
-    with Image.open(
-        io.BytesIO(source) if isinstance(source, bytes) else source
-    ) as file:
+        return _upright(source.copy())
+    if isinstance(source, str) and not stat.S_ISREG(os.stat(source).st_mode):
+        raise UserError("it is not a file")  # reading a pipe or a device may not end
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with Image.open(file, formats=FORMATS) as picture:
         if at_least is not None:
-            file.draft(None, (at_least, at_least))
-        ImageOps.exif_transpose(file, in_place=True)  # loads it
-        return file
+            picture.draft(None, (at_least, at_least))
+        picture.load()
+        return _upright(picture)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        ImageOps.exif_transpose(picture, in_place=True)
+    except Exception:  # of a damaged EXIF: it takes no picture away
+        pass
+    return picture
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits, which convert("RGB") would clip to 8
-        values = np.asarray(picture).astype(np.int64) >> 8
-        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode[0] in "IF":  # which convert("RGB") would clip to 0 … 255
+        return Image.fromarray(_levels(picture)).convert("RGB")
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
+        picture = _to_rgba(picture)
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _to_rgba(picture: Image.Image) -> Image.Image:
+    if picture.mode[0] in "IF":
+        picture = _to_rgb(picture)
+    return picture if picture.mode == "RGBA" else picture.convert("RGBA")
+
+
+def _levels(picture: Image.Image) -> UInt8[np.ndarray, "h w"]:
+    """A grey picture of 16 or 32 bits at 8 bits.
+
+    Modes I and F don't tell what is white, but for files that have 16 bits at most. It
+    is 1 if no value is larger, else 255, else 65,535. Larger or negative values are
+    scaled by the least and the largest.
+    """
+    values = np.asarray(picture)
+    deep = picture.mode == "I" and picture.format in ("PNG", "PPM")
+    if picture.mode.startswith("I;16") or deep:
+        return (values.astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite(high - low):
+        raise UserError("it has values that are not finite")
+    if low < 0 or high > 65535:
+        values = (values - low) * (255 / (high - low or 1))
+    elif high > 255:
+        values = values // 256
+    elif high <= 1:
+        values = values * 255
+    return np.round(values).astype(np.uint8)
 
 
 # Cropping and resizing: of files, on the host
@@ -158,15 +264,25 @@ def clip_input(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """A picture as CLIP sees it: its shorter side resized, then the middle of it.
 
     So does transformers' CLIPImageProcessor, to the last bit. `source` is what `read`
-    takes.
+    takes. Of a picture more than 32 times as long as wide only the middle is resized,
+    as it would else take any amount of memory.
     """
-    picture = read(source)
+    picture = _middle(read(source), 32)
     short, long = sorted(picture.size)
     long = int(size * long / short)
     width, height = (size, long) if picture.width <= picture.height else (long, size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.array(picture.crop((left, top, left + size, top + size)))
+
+
+def _middle(picture: Image.Image, most: int) -> Image.Image:
+    """The middle of a picture, at most so many times as long as wide."""
+    longest = most * min(picture.size)
+    if max(picture.size) <= longest:
+        return picture
+    left, top = (max(0, length - longest) // 2 for length in picture.size)
+    return picture.crop((left, top, picture.width - left, picture.height - top))
 
 
 def crop_resize(
@@ -192,31 +308,6 @@ def resize_square(
 def square(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """The middle square of what `read` takes, at a size."""
     return crop_resize(read(source), size)
-
-
-def read_mask(source: Any) -> Bool[np.ndarray, "h w"]:
-    """Where a picture, or an array [h, w] of bool or uint8, is nearer white than black.
-
-    Raises UserError if it is neither.
-    """
-    if isinstance(source, np.ndarray) and source.ndim == 2:
-        if source.dtype == bool:
-            return source
-        if source.dtype == np.uint8:
-            return source >= 128
-        raise UserError(f"a mask of dtype {source.dtype}: give bool or uint8")
-    return np.asarray(read(source).convert("L")) >= 128
-
-
-def square_mask(
-    mask: Bool[np.ndarray, "h w"], size: int
-) -> Bool[np.ndarray, "{size} {size}"]:
-    """The middle square of a mask, at a size: all pixels that it touches."""
-    square = np.asarray(crop_square(Image.fromarray(mask)), np.float32)
-    if len(square) == size:
-        return square > 0
-    weights = _area_weights(len(square), size)
-    return weights.T @ square @ weights > 1e-6
 
 
 def on_canvas(
@@ -253,7 +344,7 @@ def resize(
     """
     b, h, w, c = x.shape
     if method == "area":
-        rows, columns = _area_weights(h, size), _area_weights(w, size)
+        rows, columns = area_weights(h, size), area_weights(w, size)
         return jnp.einsum(
             "bhwc,hy,wx->byxc", x, rows, columns, precision=jax.lax.Precision.HIGHEST
         )
@@ -283,7 +374,7 @@ def gaussian_blur(
     return x
 
 
-def _area_weights(length: int, size: int) -> Float[np.ndarray, "length size"]:
+def area_weights(length: int, size: int) -> Float[np.ndarray, "length size"]:
     """What part of each new pixel each old one covers."""
     old, new = np.arange(length)[:, None], np.arange(size)[None, :] * length / size
     overlap = np.minimum(old + 1, new + length / size) - np.maximum(old, new)

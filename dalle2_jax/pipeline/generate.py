@@ -19,7 +19,9 @@ from dalle2_jax.pipeline.settings import PRIOR_COMPONENTS, Groups, Settings
 
 BATCH = 16  # the most pictures at once on a device
 
-Progress = Callable[[str, int, int], None]  # (stage, pictures done, pictures in all)
+# Called as progress(stage, pictures done, pictures in all). If it has a method
+# `finished`, that is given the pictures of each batch as soon as they are made.
+Progress = Callable[[str, int, int], None]
 
 
 def text_to_image(
@@ -72,7 +74,9 @@ def text_to_image(
         text for all prompts, or a list with one for each.
       best_of: how many pictures to make of each prompt; the ``num`` of them that CLIP
         finds most like it (`clip_score`) are returned, the best first.
-      progress: called as progress(stage, pictures done, pictures in all).
+      progress: called as progress(stage, pictures done, pictures in all). If it has a
+        method, progress.finished(pictures), it is called with each batch of pictures to
+        return as soon as they are made.
 
     Returns:
       [len(prompts) · num, size, size, 3]; the pictures of a prompt stand together.
@@ -91,12 +95,42 @@ def text_to_image(
     model, request = make_request(
         model, prompts, seed, made, settings, negative_prompt, prior
     )
-    pictures = cascade(model, request, progress)
     if best_of is None:
-        return pictures
-    scores = clip_score(model, pictures, [p for p in prompts for _ in range(made)])
-    ranks = np.argsort(-scores.reshape(-1, made), axis=1, kind="stable")[:, :num]
-    return pictures[(ranks + made * np.arange(len(prompts))[:, None]).reshape(-1)]
+        return cascade(model, request, progress)
+    best = _Best(model, prompts, made, num, progress)
+    cascade(model, request, best)
+    return np.concatenate(best.pictures)
+
+
+class _Best:
+    """A progress that keeps the best of each prompt, once all of a prompt are made."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[str],
+        made: int,
+        num: int,
+        progress: Progress | None,
+    ):
+        self.pictures = []
+        self._model, self._made, self._num = model, made, num
+        self._prompts, self._progress, self._waiting = iter(prompts), progress, []
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(stage, done, total)
+
+    def finished(self, pictures: UInt8[np.ndarray, "b h w 3"]) -> None:
+        self._waiting += list(pictures)
+        while len(self._waiting) >= self._made:
+            candidates = np.stack(self._waiting[: self._made])
+            del self._waiting[: self._made]
+            prompt = next(self._prompts)
+            scores = clip_score(self._model, candidates, [prompt] * self._made)
+            best = candidates[np.argsort(-scores, kind="stable")[: self._num]]
+            self.pictures.append(best)
+            _hand_over(self._progress, best)
 
 
 def stream(
@@ -231,17 +265,27 @@ def tokenize(model: Model, texts: Sequence[str]) -> Int[np.ndarray, "n l"]:
 def cascade(
     model: Model, request: Request, progress: Progress | None = None
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """The pictures that `run` ends with, in order."""
+    """The pictures that `run` ends with, in order; what is known stays to the bit."""
     count = len(request.tokens)
     pictures = []
     for made in run(model, request):
         if progress is not None:
             progress(made.stage, int(made.rows[-1]) + 1, count)
         if made.pictures and made.x.shape[1] == model.sizes[-1]:
-            pictures.append(
-                np.asarray(image.to_uint8(made.x))[: len(np.unique(made.rows))]
-            )
+            batch = np.asarray(image.to_uint8(made.x))[: len(np.unique(made.rows))]
+            if request.known is not None:
+                picture, mask = request.known
+                batch = np.where(mask > 0, batch, image.to_uint8(picture))
+            pictures.append(batch)
+            _hand_over(progress, batch)
     return np.concatenate(pictures)
+
+
+def _hand_over(
+    progress: Progress | None, pictures: UInt8[np.ndarray, "b h w 3"]
+) -> None:
+    if hasattr(progress, "finished"):
+        progress.finished(pictures)
 
 
 def run(model: Model, request: Request, every: int | None = None) -> Iterator[Made]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from dalle2_jax.data import image
+from dalle2_jax.data.mask import known_square, read_mask, square_mask
 from dalle2_jax.diffusion import generate as diffusion
 from dalle2_jax.errors import UserError
 from dalle2_jax.pipeline import generate
@@ -84,40 +85,42 @@ def inpaint(
     guidance_interval: Any = None,
     sampler: Any = None,
     repeats: int = REPEATS,
+    mask_mode: str | None = None,
     progress: Progress | None = None,
 ) -> Pictures:
     """A part of a picture painted anew, to fit the rest and a caption.
 
-    What is black in the mask stays to the bit, at the size that is returned. A decoder
+    What the mask leaves stays to the bit, at the size that is returned. A decoder
     that was trained to inpaint (configs/decoder.py:small_inpaint) is shown what stays.
     Any other is held to it and takes each step several times, as RePaint does.
 
     Args:
-      mask: a picture, or an array [h, w] of bool or uint8, as large as the picture;
-        white is painted, black stays.
+      mask: a picture, or an array [h, w] of bool, uint8 or floats from 0 to 1, as large
+        as the picture: white is painted, black stays. Or the picture itself with a part
+        erased: what is transparent is painted, as by OpenAI's Images API. None takes
+        the transparent part of `picture`.
       prompt: of the whole picture.
       repeats: how often a decoder that was not trained for it takes a step.
+      mask_mode: "alpha" paints what is transparent in the mask, "luminance" what is
+        white; needed for a transparent mask with other colours than the picture's.
 
     Raises:
-      UserError: a mask of another size, or all black; or as `text_to_image`.
+      UserError: a mask of another size, one that selects nothing, or that could mean
+        either; or as `text_to_image`.
     """
-    picture = image.read(as_one(picture)[0])
-    white = image.read_mask(mask)
-    if white.shape[::-1] != picture.size:
-        raise UserError(
-            f"the mask has {white.shape[1]} × {white.shape[0]} pixels, the picture "
-            f"{picture.width} × {picture.height}: they must be the same"
-        )
+    picture = as_one(picture)[0]
+    selected = read_mask(mask, picture, mask_mode)
     settings = Settings(size, steps, guidance, guidance_interval, sampler)
     model, request = generate.make_request(model, [prompt], seed, num, settings)
     side = model.sizes[-1]
-    white = image.square_mask(white, side)
+    white = square_mask(selected, side)
     if not white.any():
         raise UserError(
-            "the mask is all black (in the picture's middle square): make white what "
-            "is to be painted"
+            "the mask selects nothing of the picture's middle square: make white what "
+            'is to be painted, or transparent with mask_mode="alpha"'
         )
-    return _paint(model, request, image.square(picture, side), white, repeats, progress)
+    picture = known_square(picture, selected, side)
+    return _paint(model, request, picture, white, repeats, progress)
 
 
 def outpaint(
@@ -177,8 +180,7 @@ def _paint(
         request = request._replace(sampling={**request.sampling, "decoder": each})
     mask = white[None, ..., None].astype(np.float32)
     known = image.to_float(picture)[None], mask
-    painted = generate.cascade(model, request._replace(known=known), progress)
-    return np.where(white[..., None], painted, picture)
+    return generate.cascade(model, request._replace(known=known), progress)
 
 
 @jax.jit

@@ -55,8 +55,8 @@ class Groups(NamedTuple):
 def check_number(
     name: str,
     value: Any,
-    low: float = -math.inf,
-    high: float = math.inf,
+    low: float | int = -math.inf,
+    high: float | int = math.inf,
     *,
     above: bool = False,
 ) -> float:
