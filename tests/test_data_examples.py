@@ -33,6 +33,8 @@ def result(function, *given):
         (["a", "\udce9"], "bad: caption not UTF-8"),
         ("x" * (examples.LONGEST_CAPTION + 1), "bad: caption too long"),
         (["x" * 60_000] * 2, "bad: caption too long"),
+        (["a", " "] * 1000, ["a"] * 1000),
+        (["a"] * 1001, "bad: too many captions"),
     ],
 )
 def test_clean(given, caption):

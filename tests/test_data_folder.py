@@ -114,18 +114,13 @@ def test_what_is_left_out_is_counted(folder, caplog):
     start = time.monotonic()
     source = open_source("folder", folder)
     assert keys(source) == ["a.png"] and time.monotonic() - start < 5
-    left_out = dict(source.left_out)
-    rare = (
-        left_out.pop("other files"),
-        *(left_out.pop(f".{i} files", 0) for i in "012345678"),
-    )
-    assert sum(rare) == 9 + 1  # "e"
-    assert left_out == {
+    assert source.left_out == {
         "pictures without a caption": 3,
         "captions without a picture": 1,
-        ".heic files": 2,
-        ".psd files": 1,
         "pipes, devices and broken links": 4,
+        ".heic files": 2,
+        **{f".{i} files": 1 for i in range(6)},
+        "other files": 5,  # e, d.psd and three more: only so many kinds are told
     }
     assert "left out: " in caplog.text and "2 .heic files" in caplog.text
 
@@ -249,7 +244,7 @@ def test_files_that_are_too_large_are_bad(folder):
             file.truncate(2**37)
     (folder / "1.txt").write_text("x")
     source = open_source("folder", folder)
-    for i, limit in enumerate(("1,048,576", "1,073,741,824")):
+    for i, limit in enumerate(("1,048,576", "536,870,912")):
         with pytest.raises(BadExample, match=f"cannot read .larger than {limit} byt"):
             source[i]
 
@@ -284,7 +279,7 @@ def test_folder_errors(folder, tmp_path):
         open_source("folder", tmp_path / "empty")
     metadata = folder / "metadata.jsonl"
     metadata.write_text('{"file_name": "0.png"}\n')
-    with pytest.raises(UserError, match="has no captions; a line is"):
+    with pytest.raises(UserError, match="captions .the first: no caption.; a line is"):
         open_source("folder", folder)
     metadata.write_text("")
     with pytest.raises(UserError, match="has no captions"):

@@ -80,6 +80,16 @@ def test_keep_reads_only_what_it_lists(folder, tmp_path):
     keep.write_text("x\n")
     with pytest.raises(UserError, match="is not a list of keys"):
         open_source("folder", folder, keep=keep)
+    keep.write_bytes(
+        b'\n\xef\xbb\xbf{"key": "1.png"}\r\n{"key": "\xe2\x80\xa8", "x": NaN}'
+    )
+    assert len(open_source("folder", folder, keep=keep, **ALL)) == 1
+    for text in (b"[" * 100_000, b'{"key": "\xff"}', b'["key"]', b'{"keys": 1}'):
+        keep.write_bytes(text)
+        with pytest.raises(UserError, match="is not a list of keys"):
+            open_source("folder", folder, keep=keep)
+    with pytest.raises(UserError, match="cannot read keep=/dev/zero: not a regular"):
+        open_source("folder", folder, keep="/dev/zero")
     with pytest.raises(UserError, match="cannot read keep=nowhere"):
         open_source("folder", folder, keep="nowhere")
     with pytest.raises(UserError, match='"shapes" has no option "keep"'):

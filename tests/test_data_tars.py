@@ -138,12 +138,13 @@ def test_a_remote_tar_cut_short_is_not_remembered(bucket, caplog):
     data, _ = bucket.files["a/0.tar"]
     bucket.files["a/0.tar"] = data[:3588], "one"
     for _ in range(2):
-        caplog.clear()
+        bucket.fetched.clear()
         source = open_source("webdataset", "bucket://a/0.tar")
+        assert bucket.fetched
         assert every(source) == {"picture 0": png(0)}
         lost = {"damaged tars": 1, "pictures without a caption": 1}
         assert source.left_out == lost
-        assert "0.tar is damaged, it is cut short: 3 files of it" in caplog.text
+    assert "0.tar is damaged, it is cut short: 3 files of it are read" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -292,8 +293,7 @@ def test_what_is_not_a_file_is_left_out(shards, caplog):
     (shards / "folder.tar").mkdir()
     for pattern in ("", "/*.tar"):
         assert len(open_source("webdataset", f"{shards}{pattern}", **ALL)) == 12
-        assert "folder.tar is not a file, and left out (of 3)" in caplog.text
-        caplog.clear()
+    assert caplog.text.count("left out: 3 names that are not files") == 1
     for name in ("pipe.tar", "zero.tar"):
         with pytest.raises(UserError, match=f"there is no tar at .*{name}"):
             open_source("webdataset", str(shards / name))

@@ -76,6 +76,14 @@ def test_a_book_is_encoded_at_once_and_as_its_beginning(small, text):
 def test_half_of_a_character_is_refused(small):
     with pytest.raises(UserError, match=r"^'a .ud83d' is not valid Unicode: '.ud83d'"):
         small.encode(["a", "a \ud83d"], 16)
+    with pytest.raises(UserError, match=r"^'a .ud83d' is not valid Unicode"):
+        tokenizer.train(["a \ud83d"], 530, 16)
+
+
+def test_training_on_a_book_is_quick():
+    start = time.perf_counter()
+    tokenizer.train(["é日" * 50_000, "a" * 100_000], 530, 16)
+    assert time.perf_counter() - start < 2
 
 
 def test_a_folder_with_a_pipe(small, tmp_path):

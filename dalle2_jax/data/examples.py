@@ -1,5 +1,7 @@
 """What every source of captioned pictures is made of: examples, and which are read."""
 
+import functools
+import logging
 import os
 import re
 import zlib
@@ -14,14 +16,17 @@ import numpy as np
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import parse_json, read_lines
 
+log = logging.getLogger(__name__)
+
 ENDLESS = 2**31 - 1  # examples of a source that has no end
 SPLITS = ("train", "heldout")
 HOLDOUT = 0.02
 FEWEST_TO_HOLD_OUT = 10
 CAPTION_FIELDS = ("caption", "text")
 LONGEST_CAPTION = 100_000  # characters of all captions of an example
+MOST_CAPTIONS = 1000  # of an example
 LARGEST_TEXT = 2**20  # bytes of a file with captions
-LARGEST_PICTURE = 2**30  # bytes of a file
+LARGEST_PICTURE = 2**29  # bytes of a file
 LONGEST_LINE = 2**24  # bytes of a line of JSON
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
 
@@ -161,6 +166,12 @@ def counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number:,} {name}" for name, number in ordered)
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, but once only: a run opens a source several times."""
+    log.warning("%s", message)
+
+
 def is_hidden(path: str) -> bool:
     """Whether a path in a folder or tar is not data: a dotfile, or of the system."""
     return any(
@@ -200,7 +211,7 @@ def clean(caption: Any, key: str) -> str | list[str]:
     """Return the caption, or each of several, in one line.
 
     Of several, those that are None or empty are left out. Raises BadExample if none is
-    left, and if they are not text, not valid Unicode or too long.
+    left, and if they are too many, too long, not text or not valid Unicode.
     """
     several = [caption] if isinstance(caption, str) else caption
     if isinstance(several, list):
@@ -213,6 +224,8 @@ def clean(caption: Any, key: str) -> str | list[str]:
     several = [c for c in several if c]
     if not several:
         raise BadExample("empty caption", key)
+    if len(several) > MOST_CAPTIONS:
+        raise BadExample("too many captions", key)
     try:
         "".join(several).encode()
     except UnicodeEncodeError:  # half of a character beyond "\uffff"

@@ -116,7 +116,7 @@ def _stem(file: str) -> str:
 
 def _kinds(files: Iterable[str]) -> Counter[str]:
     """Count files by their extensions, the most frequent of them."""
-    extensions = Counter(os.path.splitext(f)[1].lower() for f in files)
+    extensions = Counter(sorted(os.path.splitext(f)[1].lower() for f in files))
     common = extensions.most_common(KINDS)
     kinds = Counter({f"{e or 'other'} files": count for e, count in common})
     kinds["other files"] += extensions.total() - sum(count for _, count in common)
@@ -164,9 +164,11 @@ def _with_metadata(
             f"{metadata} names a picture that is not there: "
             f"{missing[0]}{more}; add the file or take out the line"
         )
-    if all(isinstance(caption, BadExample) for _, caption, _ in examples):
+    bad = [caption for _, caption, _ in examples if isinstance(caption, BadExample)]
+    if len(bad) == len(examples):
+        first = f" (the first: {bad[0].reason})" if bad else ""
         raise UserError(
-            f"{metadata} has no captions; a line is "
+            f"{metadata} has no captions{first}; a line is "
             '{"file_name": "a.png", "caption": "what it shows"}'
         )
 

@@ -31,6 +31,7 @@ from dalle2_jax.data.examples import (
     counted,
     decode,
     select,
+    warn_once,
 )
 from dalle2_jax.data.folder import folder
 from dalle2_jax.data.mixture import mix
@@ -104,7 +105,7 @@ def open_source(
     path = os.path.expanduser(path)  # leaves URLs as they are
     source = select(opener(path, **options), split, **chosen)
     if source.left_out:
-        log.warning("%s: left out: %s", source.name, counted(source.left_out))
+        warn_once(f"{source.name}: left out: {counted(source.left_out)}")
     return source
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -24,13 +23,12 @@ from dalle2_jax.data.examples import (
     captions_of_json,
     captions_of_text,
     is_hidden,
+    warn_once,
 )
 from dalle2_jax.data.image import EXTENSIONS
 from dalle2_jax.data.tar_members import read_members
 from dalle2_jax.errors import UserError, first_line
 from dalle2_jax.files import read_json
-
-log = logging.getLogger(__name__)
 
 # What pip installs for a protocol whose file system is not there.
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -172,7 +170,7 @@ def _files(names: Sequence[str]) -> list[str]:
     """Leave out what is not a file: a named pipe would wait for ever."""
     files = [name for name in names if os.path.isfile(name)]
     if odd := [name for name in names if not os.path.isfile(name)]:
-        log.warning("%s is not a file, and left out (of %d)", odd[0], len(odd))
+        warn_once(f"left out: {len(odd)} names that are not files, as {odd[0]}")
     return files
 
 
@@ -267,10 +265,8 @@ def _read_index(fs, shard: str, info: Mapping[str, Any]) -> tuple[Index, bool]:
             index.examples.setdefault(key, {})[extension.lower()] = where
     if problem is not None:
         left_out["damaged tars"] += 1
-        log.warning(
-            "%s is damaged, %s: %d files of it are read, others may be lost",
-            shard,
-            problem,
-            len(members),
+        warn_once(
+            f"{shard} is damaged, {problem}: {len(members)} files of it are read, "
+            "others may be lost"
         )
     return index, problem is None

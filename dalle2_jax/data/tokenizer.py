@@ -69,11 +69,7 @@ class Tokenizer:
 
         To encode a book would take minutes.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            said = f"{error.object[error.start]!r} is half of a character"
-            raise UserError(f"{text[:60]!r} is not valid Unicode: {said}") from None
+        _check_unicode(text)
         # A token and the space before it; normalization may shorten a text fourfold.
         most = 4 * (self._longest + 1) * context_length
         return text if len(text) <= most else " ".join(text.split())[:most]
@@ -123,8 +119,8 @@ def train(captions: Iterable[str], vocab_size: int, context_length: int) -> Toke
     """Learns the merges of a vocabulary of at most `vocab_size` from captions.
 
     `context_length` is stored for those who load it with transformers. The order of the
-    captions does not matter. Raises UserError if `vocab_size` is below 514 or there are
-    no captions.
+    captions does not matter. Raises UserError if `vocab_size` is below 514, there are
+    no captions, or one is not valid Unicode.
     """
     from tokenizers.trainers import BpeTrainer
 
@@ -133,7 +129,10 @@ def train(captions: Iterable[str], vocab_size: int, context_length: int) -> Toke
             f"a vocabulary of {vocab_size} is too small: the bytes and the specials "
             f"alone are {SMALLEST}"
         )
-    captions = sorted(captions)
+    # The time grows with the square of a word's length.
+    captions = sorted(caption[: 64 * context_length] for caption in captions)
+    for caption in captions:
+        _check_unicode(caption)
     if not captions:
         raise UserError("there are no captions to train a tokenizer on")
     alphabet = _byte_alphabet()
@@ -156,6 +155,14 @@ def blank(vocab_size: int, context_length: int) -> Tokenizer:
         itertools.product(alphabet, alphabet), vocab_size - SMALLEST
     )
     return Tokenizer(_clip(alphabet, list(merges), context_length))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        said = f"{text[error.start]!r} is half of a character"
+        raise UserError(f"{text[:60]!r} is not valid Unicode: {said}") from None
 
 
 def _clip(alphabet: list[str], merges: list, context_length: int):
