@@ -22,6 +22,7 @@ from dalle2_jax.data.examples import (
     Listing,
     captions_of_json,
     captions_of_text,
+    counted,
     is_hidden,
     warn_once,
 )
@@ -81,9 +82,10 @@ def webdataset(path: str) -> Listing:
                 keys.append(f"{os.path.basename(shard)}:{key}")
                 examples.append((shard, picture, kind, members[kind]))
     if not examples:
+        has = f"; left out: {counted(left_out)}" if left_out else ""
         raise UserError(
             f"found no pictures with captions in {path}: its tars need KEY.png "
-            f"({', '.join(EXTENSIONS[1:])}) with KEY.txt or KEY.json"
+            f"({', '.join(EXTENSIONS[1:])}) with KEY.txt or KEY.json{has}"
         )
 
     def read(i: int) -> dict:
