@@ -268,7 +268,9 @@ def test_captions_that_are_not_utf8_are_bad(folder):
 def test_folder_errors(folder, tmp_path):
     with pytest.raises(UserError, match="there is no folder .*nowhere"):
         open_source("folder", tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no captions: give it a metadata\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"no captions: give it a meta.*; left out: 3 pic"
+    ):
         open_source("folder", folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no pictures \(\.png.*\)$"):

@@ -175,7 +175,7 @@ def judge_examples(
         remedy.append("these are skipped and others taken in their place")
     if source.left_out:
         found += f"; left out: {counted(source.left_out)}"
-        remedy.append("give what is left out what it lacks if it should be seen")
+        remedy.append("mend what is left out if it should be read")
     if not remedy:
         return ok("examples", found)
     level = "problem" if bad.total() > count / 2 else "warning"

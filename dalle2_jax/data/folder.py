@@ -33,12 +33,6 @@ def folder(path: str) -> Listing:
         raise UserError(f"there is no folder {path}")
     files, left_out = _files(path)
     pictures = sorted(f for f in files if f.lower().endswith(EXTENSIONS))
-    if not pictures:
-        kinds = left_out + _kinds(files)
-        has = f"; left out: {counted(kinds)}" if kinds else ""
-        raise UserError(
-            f"the folder {path} has no pictures ({', '.join(EXTENSIONS)}){has}"
-        )
     if METADATA in files:
         keys, read = _with_metadata(path, files)
         others = files - {METADATA, *keys, *pictures}
@@ -50,6 +44,15 @@ def folder(path: str) -> Listing:
         others = files - {*texts.values(), *pictures}
     left_out["pictures without a caption"] = len(set(pictures) - set(keys))
     left_out += _kinds(others)  # and without those that are 0
+    if not keys:
+        lacks = (
+            "captions: give it a metadata.jsonl with the fields file_name and caption, "
+            "or a .txt beside each picture"
+            if pictures
+            else f"pictures ({', '.join(EXTENSIONS)})"
+        )
+        has = f"; left out: {counted(left_out)}" if left_out else ""
+        raise UserError(f"the folder {path} has no {lacks}{has}")
     return Listing(f"folder {path}", keys, read, left_out=left_out)
 
 
@@ -127,11 +130,6 @@ def _with_sidecars(
     root: str, pictures: list[str], texts: dict[str, str]
 ) -> tuple[list[str], Callable[[int], dict]]:
     captioned = [f for f in pictures if _stem(f) in texts]
-    if not captioned:
-        raise UserError(
-            f"the folder {root} has no captions: give it a metadata.jsonl with the "
-            "fields file_name and caption, or a .txt beside each picture"
-        )
 
     def read(i: int) -> dict:
         file = captioned[i]
