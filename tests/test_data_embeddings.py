@@ -171,6 +171,7 @@ def test_what_is_not_complete_or_damaged(tmp_path):
         (metadata(count=None), "it is not complete; the command"),
         (lambda f: (f / "metadata.json").write_text("[" * 10**5), "100 levels deep"),
         (metadata(shards=10**9), "shard-00000-of-1000000000.* is missing"),
+        (metadata(shards=0), "cannot read .*damaged"),
         (metadata(shards="2"), "metadata.json is damaged: it has no valid 'shards'"),
         (metadata(count=[]), "damaged: it has no valid 'count'"),
         (metadata(clip=7), "damaged: it has no valid 'clip'"),

@@ -76,7 +76,8 @@ def test_folder_with_metadata(folder):
         "empty caption",
         "caption not text",
         "no caption",
-        *["metadata without file_name"] * 2,
+        "metadata without file_name",
+        "metadata not JSON",
     ]
     assert sources.captions(source) == ["zero", "one", "uno"]
     assert source.left_out == {}
@@ -229,7 +230,9 @@ def test_metadata_that_is_hostile(folder):
         *["good"] * 5,
         "caption not UTF-8",
         "caption too long",
-        *["metadata without file_name"] * 4,
+        "metadata not JSON",
+        "metadata without file_name",
+        *["metadata not JSON"] * 2,
     ]
     with open(folder / "metadata.jsonl", "r+b") as file:
         file.truncate(2**36)  # a hole of 64 GiB

@@ -130,10 +130,12 @@ def _with_sidecars(
     root: str, pictures: list[str], texts: dict[str, str]
 ) -> tuple[list[str], Callable[[int], dict]]:
     captioned = [f for f in pictures if _stem(f) in texts]
+    others = {stem: f for stem, f in texts.items() if f != f"{stem}.txt"}  # .TXT
 
     def read(i: int) -> dict:
         file = captioned[i]
-        text = _read(root, texts[_stem(file)], LARGEST_TEXT)
+        stem = _stem(file)
+        text = _read(root, others.get(stem, f"{stem}.txt"), LARGEST_TEXT)
         caption = captions_of_text(text, os.path.join(root, file))
         return {"image": _read(root, file, LARGEST_PICTURE), "caption": caption}
 
@@ -183,17 +185,18 @@ def _of_line(
     line: bytes, where: str
 ) -> tuple[str | None, str | list[str] | BadExample]:
     """Return the picture's path, or None, and the captions, or what is wrong."""
+    name = None
     try:
         record = parse_json(decode(line, where), where, finite=False)
         name = os.path.normpath(record["file_name"])
-    except BadExample as bad:
-        return None, bad
-    except (UserError, KeyError, TypeError):
-        return None, BadExample("metadata without file_name", where)
-    try:
         return name, captions_of_record(record, where)
     except BadExample as bad:
-        return name, bad
+        reason = bad.reason
+    except UserError:
+        reason = "metadata not JSON"
+    except (KeyError, TypeError):
+        reason = "metadata without file_name"
+    return name, BadExample(reason, where)  # a new one, for `bad` has the line
 
 
 def _within(root: str, name: str) -> bool:
