@@ -17,6 +17,7 @@ caption), classifier, duplicate. Examples that can't be used are counted by the 
 and are in neither list.
 """
 
+import os
 from pathlib import Path
 
 from absl import flags
@@ -94,7 +95,7 @@ def main() -> None:
         threads=THREADS.value,
         workers=WORKERS.value,
     )
-    out = Path(OUT.value).expanduser()
+    out = Path(os.path.expanduser(OUT.value))
     choose.write(out, kept, removed, report)
     print(f"{report['kept']} of {report['examples']} examples stay: {out}/keep.jsonl")
     for rule, number in report["removed"].most_common():

@@ -19,6 +19,7 @@ def run(main: Callable[[], None]) -> None:
     A flag that can't be parsed (an unknown config file or key, a value of the wrong
     type) and a UserError become "error: ..." on stderr.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
 
     def parse(argv: Sequence[str]) -> list[str]:
         try:

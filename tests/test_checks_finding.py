@@ -1,6 +1,6 @@
 """How findings read."""
 
-from dalle2_jax.checks.finding import Finding, counted, ok, size
+from dalle2_jax.checks.finding import Finding, ok, size
 
 
 def test_a_line():
@@ -17,7 +17,3 @@ def test_bytes():
         "3 MiB",
         "5120 GiB",
     ]
-
-
-def test_counts():
-    assert counted({"a": 1, "b": 3}) == "3 b, 1 a"

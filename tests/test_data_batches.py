@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -209,9 +211,26 @@ def check_workers():
     iterator.close()
 
 
+def check_killed_worker():
+    def read(i):
+        if i == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return numbered(20)[i]
+
+    source = Source("numbers", range(20), read, endless=True)
+    iterator = iterate(source, workers=1)
+    with pytest.raises(UserError, match=r"a data worker ended .exit code -9.; the sys"):
+        for _ in range(3):
+            next(iterator)
+    iterator.close()
+
+
 def test_workers_give_the_same_batches_and_errors():
     # In a process of its own: what these tests check types with can't be pickled.
-    code = "from tests import test_data_batches; test_data_batches.check_workers()"
+    code = (
+        "from tests.test_data_batches import check_killed_worker, check_workers; "
+        "check_workers(); check_killed_worker()"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[1],

@@ -144,6 +144,13 @@ def test_what_is_not_complete_or_damaged(tmp_path):
 
         return change
 
+    def keys(value):
+        def change(folder):
+            file = embeddings.shard(folder, 0, 2).with_suffix(".json")
+            file.write_text(json.dumps({**json.loads(file.read_text()), "keys": value}))
+
+        return change
+
     def cut(folder):
         file = embeddings.shard(folder, 0, 2)
         file.write_bytes(file.read_bytes()[:1000])
@@ -157,8 +164,20 @@ def test_what_is_not_complete_or_damaged(tmp_path):
     for change, message in (
         (lambda f: embeddings.shard(f, 1, 2).unlink(), "shard-00001.* is missing"),
         (lambda f: (f / "metadata.json").unlink(), "has no metadata.json: make it"),
-        (lambda f: (f / "metadata.json").write_text("{"), "cannot read .*metadata"),
+        (
+            lambda f: (f / "metadata.json").write_text("{"),
+            "metadata.* is not valid JSON",
+        ),
         (metadata(count=None), "it is not complete; the command"),
+        (lambda f: (f / "metadata.json").write_text("[" * 10**5), "100 levels deep"),
+        (metadata(shards=10**9), "shard-00000-of-1000000000.* is missing"),
+        (metadata(shards=0), "cannot read .*damaged"),
+        (metadata(shards="2"), "metadata.json is damaged: it has no valid 'shards'"),
+        (metadata(count=[]), "damaged: it has no valid 'count'"),
+        (metadata(clip=7), "damaged: it has no valid 'clip'"),
+        (keys(None), "shard-00000.*json has no list of keys"),
+        (keys([1] * 7), "shard-00000.*json has no list of keys"),
+        (keys(["a"]), "12 records and 6 keys"),
         (metadata(format=9), "has format 9, this version"),
         (cut, "cannot read .*damaged"),
         (lambda f: shutil.copy(*(embeddings.shard(f, i, 2) for i in (1, 0))), "10 rec"),
@@ -169,3 +188,43 @@ def test_what_is_not_complete_or_damaged(tmp_path):
     with pytest.raises(BadExample, match="damaged record: 0.png"):
         source[0]
     assert source[8]["key"] == "8.png"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"captions": "one"},
+        {"captions": ["one", ""]},
+        {"captions": ["one"]},
+        {"captions": [1, 2]},
+        {"captions": {"a": "b"}},
+        {"z_image": np.zeros((1, 3))},
+        {"z_image": 1.0},
+        {"z_text": np.zeros((2, 4))},
+        {"tokens": np.zeros(2, int)},
+        {"tokens": None},
+    ],
+)
+def test_a_record_of_another_shape_is_bad(tmp_path, changes):
+    embeddings.begin(tmp_path, {**SETTINGS, "shards": 1})
+    file = embeddings.shard(tmp_path, 0, 1)
+    embeddings.write_shard(file, [example(0)], {})
+    embeddings.finish(tmp_path)
+    told = file.with_suffix(".json").read_text()
+    row = {**example(0), **changes}
+    embeddings.write_shard(file, [{**row, "z_image": example(0)["z_image"]}], {})
+    if "z_image" in changes:
+        from array_record.python.array_record_module import ArrayRecordWriter
+        from flax.serialization import msgpack_serialize
+
+        writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
+        writer.write(msgpack_serialize(row))
+        writer.close()
+    file.with_suffix(".json").write_text(told)
+    with pytest.raises(BadExample, match="damaged record: 0.png"):
+        open_source("embeddings", tmp_path)[0]
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path):
+    with pytest.raises(UserError, match="is not UTF-8, which array_record needs"):
+        embeddings.begin(str(tmp_path / "\udce9"), SETTINGS)

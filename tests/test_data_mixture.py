@@ -15,19 +15,19 @@ from tests.pictures import png
 from tests.tiny import make_stage
 
 
-def named(name, count, embedded=None, left_out=0):
+def named(name, count, embedded=None, left_out=()):
     return Source(
         name,
         range(count),
         lambda i: {"image": png(i), "caption": f"{name} {i}"},
         embedded=embedded,
-        left_out=left_out,
+        left_out=Counter(left_out),
     )
 
 
 def test_what_is_left_out_is_that_of_all():
-    parts = [named("a", 3, left_out=2), named("b", 4, left_out=5)]
-    assert mix(parts, [1, 1], seed=0).left_out == 7
+    parts = [named("a", 3, left_out="xy"), named("b", 4, left_out="yyz")]
+    assert mix(parts, [1, 1], seed=0).left_out == {"x": 1, "y": 3, "z": 1}
 
 
 def drawn(source, start, stop):

@@ -1,6 +1,7 @@
 """Sources: what they read, what they hold out, what they skip and what they refuse."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_shapes_contrast_in_groups():
         assert len({str(w) for w in words}) > 1
 
 
-# A folder
+# Which are read
 
 
 @pytest.fixture
@@ -54,69 +55,6 @@ def folder(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(png(i))
     return tmp_path
-
-
-def test_folder_with_sidecars(folder):
-    (folder / "deep").mkdir()
-    (folder / "deep" / "3.JPG").write_bytes(png(3))
-    for name in ("0", "1", "deep/3"):
-        (folder / f"{name}.txt").write_text(f"picture\n{name} \n")
-    (folder / "README.txt").write_text("not a caption")
-    source = open_source("folder", folder)
-    assert source.left_out == 1  # 2.png
-    assert every(source) == {
-        "picture 0": png(0),
-        "picture 1": png(1),
-        "picture deep/3": png(3),
-    }
-
-
-def test_folder_with_metadata(folder):
-    lines = [
-        {"file_name": "0.png", "caption": "zero"},
-        {"file_name": "./1.png", "text": ["one", "uno"]},
-        {"file_name": "2.png", "caption": " "},
-        {"file_name": "2.png", "caption": 7},
-        {"file_name": "2.png"},
-        {"caption": "of nothing"},
-    ]
-    text = "\n".join(map(json.dumps, lines)) + "\n\nno JSON\n"
-    (folder / "metadata.jsonl").write_text(text)
-    source = open_source("folder", folder)
-    assert source[0] == {"image": png(0), "caption": "zero", "key": "0.png"}
-    assert source[1]["caption"] == ["one", "uno"]
-    reasons = []
-    for i in range(2, len(source)):
-        with pytest.raises(BadExample) as bad:
-            source[i]
-        reasons.append(bad.value.reason)
-    assert reasons == [
-        "empty caption",
-        "caption not text",
-        "no caption",
-        *["metadata without file_name"] * 2,
-    ]
-    assert sources.captions(source) == ["zero", "one", "uno"]
-    assert source.left_out == 0
-    (folder / "3.png").write_bytes(png(3))
-    assert open_source("folder", folder).left_out == 1
-
-
-def test_captions_that_are_not_utf8_are_bad(folder):
-    (folder / "0.txt").write_bytes("café".encode("latin-1"))
-    (folder / "1.txt").write_bytes("café".encode("utf-8-sig"))
-    source = open_source("folder", folder)
-    with pytest.raises(BadExample, match="caption not UTF-8: .*0.png"):
-        source[0]
-    assert source[1]["caption"] == "café"
-    lines = (
-        b'{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png", "text": "\xe9"}'
-    )
-    (folder / "metadata.jsonl").write_bytes(lines)
-    source = open_source("folder", folder)
-    assert source[0]["caption"] == "a"
-    with pytest.raises(BadExample, match="caption not UTF-8: .* line 2"):
-        source[1]
 
 
 def test_keep_reads_only_what_it_lists(folder, tmp_path):
@@ -142,41 +80,20 @@ def test_keep_reads_only_what_it_lists(folder, tmp_path):
     keep.write_text("x\n")
     with pytest.raises(UserError, match="is not a list of keys"):
         open_source("folder", folder, keep=keep)
+    keep.write_bytes(
+        b'\n\xef\xbb\xbf{"key": "1.png"}\r\n{"key": "\xe2\x80\xa8", "x": NaN}'
+    )
+    assert len(open_source("folder", folder, keep=keep, **ALL)) == 1
+    for text in (b"[" * 100_000, b'{"key": "\xff"}', b'["key"]', b'{"keys": 1}'):
+        keep.write_bytes(text)
+        with pytest.raises(UserError, match="is not a list of keys"):
+            open_source("folder", folder, keep=keep)
+    with pytest.raises(UserError, match="cannot read keep=/dev/zero: not a regular"):
+        open_source("folder", folder, keep="/dev/zero")
     with pytest.raises(UserError, match="cannot read keep=nowhere"):
         open_source("folder", folder, keep="nowhere")
     with pytest.raises(UserError, match='"shapes" has no option "keep"'):
         open_source("shapes", keep=keep)
-
-
-def test_folder_errors(folder, tmp_path):
-    with pytest.raises(UserError, match="there is no folder .*nowhere"):
-        open_source("folder", tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no captions: give it a metadata\.jsonl"):
-        open_source("folder", folder)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no pictures \(\.png"):
-        open_source("folder", tmp_path / "empty")
-    metadata = folder / "metadata.jsonl"
-    metadata.write_text('{"file_name": "0.png"}\n')
-    with pytest.raises(UserError, match="has no captions; a line is"):
-        open_source("folder", folder)
-    metadata.write_text("")
-    with pytest.raises(UserError, match="has no captions"):
-        open_source("folder", folder)
-    for name in ("9.png", "../outside.png", "/etc/passwd"):
-        line = json.dumps({"file_name": name, "caption": "x"})
-        metadata.write_text(f"{line}\n{line}\n")
-        with pytest.raises(UserError, match="not there: .* 1\\) and 1 more; add"):
-            open_source("folder", folder)
-
-
-def test_a_picture_that_vanishes_is_bad(folder):
-    for i in range(3):
-        (folder / f"{i}.txt").write_text("x")
-    source = open_source("folder", folder)
-    (folder / "1.png").unlink()
-    with pytest.raises(BadExample, match="cannot read .No such file"):
-        source[1]
 
 
 # TFDS
@@ -281,10 +198,31 @@ def test_tfds_errors(tfds_dir, tmp_path):
 
     other = tmp_path / "other"
     shutil.copytree(folder, other)
+    os.mkfifo(other / "features.json.pipe")
+    with pytest.raises(UserError, match="features.json.pipe is not a regular file"):
+        open_source("tfds", str(other))
+    (other / "features.json.pipe").unlink()
+    info = (other / "dataset_info.json").read_text()
+    (other / "dataset_info.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot open TFDS"):
+        open_source("tfds", str(other))
+    (other / "dataset_info.json").write_text(info)
     info = other / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(UserError, match='prepared, with file_format="array_record"'):
         open_source("tfds", str(other))
+
+
+def test_a_damaged_record_of_tfds_is_bad(tfds_dir, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(tfds_dir / "tiny" / "1.0.0", folder)
+    (records,) = folder.glob("*.array_record*")
+    data = bytearray(records.read_bytes())
+    data[200:300] = b"\xff" * 100
+    records.write_bytes(data)
+    source = open_source("tfds", str(folder))
+    with pytest.raises(BadExample, match="damaged record: 0"):
+        source[0]
 
 
 # All of them

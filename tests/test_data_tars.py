@@ -138,12 +138,13 @@ def test_a_remote_tar_cut_short_is_not_remembered(bucket, caplog):
     data, _ = bucket.files["a/0.tar"]
     bucket.files["a/0.tar"] = data[:3588], "one"
     for _ in range(2):
-        caplog.clear()
+        bucket.fetched.clear()
         source = open_source("webdataset", "bucket://a/0.tar")
-        assert source[0]["caption"] == "picture 0"
-        with pytest.raises(BadExample, match="tar cut short: 0.tar:1"):
-            source[1]
-        assert "0.tar is damaged after 2 examples" in caplog.text
+        assert bucket.fetched
+        assert every(source) == {"picture 0": png(0)}
+        lost = {"damaged tars": 1, "pictures without a caption": 1}
+        assert source.left_out == lost
+    assert "0.tar is damaged, it is cut short: 3 files of it are read" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,10 @@ def test_tars_of_any_order_and_layout(tmp_path):
         "a.tar:b/x.y": "from json",
         "a.tar:c": ["three", "drei"],
     }
-    assert source.left_out == 2  # alone and text only
+    assert source.left_out == {
+        "pictures without a caption": 1,
+        "captions without a picture": 1,
+    }
     assert os.listdir(tmp_path) == ["a.tar"]
 
 
@@ -202,8 +206,7 @@ def test_tars_with_bad_captions(tmp_path):
         reasons.append(bad.value.reason)
     assert reasons == [
         "empty caption",
-        "caption not JSON",
-        *["no caption"] * 2,
+        *["caption not JSON"] * 3,
         *["caption not UTF-8"] * 2,
     ]
     assert sources.captions(source) == []
@@ -215,6 +218,122 @@ def test_a_tar_cut_short_gives_what_is_left(shards, caplog):
     path.write_bytes(whole[:3072])  # within the second picture's members
     source = open_source("webdataset", str(path))
     assert list(every(source)) == ["picture 0"]
+
+
+def test_several_captions_are_one_a_line(tmp_path):
+    with open(tmp_path / "a.tar", "wb") as file:
+        write_tar(file, {"0.png": png(), "0.txt": "a circle\n\n a disc\r\n"})
+    source = open_source("webdataset", str(tmp_path / "a.tar"))
+    assert source[0]["caption"] == ["a circle", "a disc"]
+
+
+def test_hidden_members_are_not_data(tmp_path):
+    members = {}
+    for name in ("./._0", ".1", "__MACOSX/2", "./a/.ipynb_checkpoints/3", "./4"):
+        members |= {f"{name}.png": png(4), f"{name}.txt": "picture 4"}
+    with open(tmp_path / "a.tar", "wb") as file:
+        write_tar(file, members)
+    source = open_source("webdataset", str(tmp_path / "a.tar"))
+    assert every(source) == {"picture 4": png(4)} and source.left_out == {}
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    path = os.path.join(str(tmp_path), "\udcff.tar")
+    with open(path, "wb") as file:
+        write_tar(file, {"caf\udce9.png": png(1), "caf\udce9.txt": "one"})
+    for source in (open_source("webdataset", p) for p in (path, str(tmp_path))):
+        assert source[0] == {
+            "image": png(1),
+            "caption": "one",
+            "key": "\\udcff.tar:caf\\udce9",
+        }
+        assert source.name.encode()
+
+
+def test_damaged_tars_are_counted_and_give_what_is_left(shards, caplog):
+    whole = (shards / "a-000.tar").read_bytes()
+    (shards / "a-000.tar").write_bytes(whole[:3072])  # at the second one's header
+    damaged = bytearray((shards / "a-001.tar").read_bytes())
+    damaged[1024 + 10] ^= 1  # of the first example's text
+    (shards / "a-001.tar").write_bytes(damaged)
+    joined = (shards / "a-002.tar").read_bytes()
+    (shards / "a-002.tar").write_bytes(joined + whole)
+    source = open_source("webdataset", str(shards), **ALL)
+    kept = [0, 5, 6, 7, 8, 9, 10, 11]
+    assert every(source) == {f"picture {i}": png(i) for i in kept}
+    assert source.left_out["damaged tars"] == 3
+    for said in ("000.tar is damaged, it is cut short", "001.tar is damaged, a header"):
+        assert said in caplog.text
+    assert "002.tar is damaged, more comes after its end" in caplog.text
+
+
+def test_members_that_are_too_large_are_left_out(tmp_path):
+    def member(name, size):
+        info = tarfile.TarInfo(name)
+        info.size = size
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        file.seek(-(-size // 512) * 512, os.SEEK_CUR)  # a hole
+
+    with open(tmp_path / "a.tar", "wb") as file:
+        for key, picture, text in (("0", 2**37, 1), ("1", 1, 2**33), ("2", 2, 1)):
+            member(f"{key}.png", picture)
+            member(f"{key}.txt", text)
+        file.write(bytes(1024))
+    source = open_source("webdataset", str(tmp_path / "a.tar"))
+    assert source.left_out == {
+        "pictures that are too large": 1,
+        "captions that are too long": 1,
+    }
+    assert len(source) == 1 and source[0]["key"] == "a.tar:2"
+
+
+def test_what_is_not_a_file_is_left_out(shards, caplog):
+    os.mkfifo(shards / "pipe.tar")
+    (shards / "zero.tar").symlink_to("/dev/zero")
+    (shards / "folder.tar").mkdir()
+    for pattern in ("", "/*.tar"):
+        assert len(open_source("webdataset", f"{shards}{pattern}", **ALL)) == 12
+    assert caplog.text.count("left out: 3 names that are not files") == 1
+    for name in ("pipe.tar", "zero.tar"):
+        with pytest.raises(UserError, match=f"there is no tar at .*{name}"):
+            open_source("webdataset", str(shards / name))
+
+
+def test_home_is_expanded_and_not_needed(shards, bucket, monkeypatch):
+    monkeypatch.setenv("HOME", str(shards))
+    assert len(open_source("webdataset", "~/a-{000..002}.tar", **ALL)) == 12
+    store(bucket, captioned("01"), "one")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # without a home
+    for _ in range(2):
+        assert len(open_source("webdataset", "bucket://a/0.tar")) == 2
+        assert bucket.fetched and not os.path.exists("~")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a-{0..999999999}.tar",
+        "a-{000000..999999}{0..9}.tar",
+        "{a,b}" * 64,
+        "{" * 5000 + "0..9999999" + "}" * 5000,
+        "{0..%s}" % ("9" * 18),
+    ],
+)
+def test_braces_of_too_many_names(pattern):
+    with pytest.raises(
+        UserError, match=r"^the braces of .* are more than 1,000,000 na"
+    ):
+        open_source("webdataset", pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["{" * 5000 + "a" + "}" * 5000, "{" * 5000, "{0..%s}" % ("9" * 9999), "{,}" * 4],
+)
+def test_braces_that_mean_nothing(tmp_path, pattern):
+    with pytest.raises(UserError, match=r"^(there is no tar at|cannot read)"):
+        open_source("webdataset", f"{tmp_path}/x{pattern}")
 
 
 def test_tar_errors(shards, tmp_path):

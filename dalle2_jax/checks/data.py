@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint, parts
 from dalle2_jax.checks import captions, embeddings
-from dalle2_jax.checks.finding import Finding, counted, ok
+from dalle2_jax.checks.finding import Finding, ok
 from dalle2_jax.data import filter as rules
 from dalle2_jax.data.batches import count_bad, in_order
-from dalle2_jax.data.examples import Source, as_list
+from dalle2_jax.data.examples import Source, as_list, counted
 from dalle2_jax.data.rows import read_picture, square_of
 from dalle2_jax.pipeline import encode, models
 
@@ -174,9 +174,8 @@ def judge_examples(
         found += f"; not: {counted(bad)}"
         remedy.append("these are skipped and others taken in their place")
     if source.left_out:
-        found += f"; {source.left_out} pictures without a caption or captions without "
-        found += "a picture are left out"
-        remedy.append("give them what they lack if they should be seen")
+        found += f"; left out: {counted(source.left_out)}"
+        remedy.append("mend what is left out if it should be read")
     if not remedy:
         return ok("examples", found)
     level = "problem" if bad.total() > count / 2 else "warning"

@@ -1,6 +1,5 @@
 """What a check says."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 LEVELS = ("ok", "warning", "problem")
@@ -39,9 +38,3 @@ def size(count: float | int) -> str:
             return f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} GiB"
-
-
-def counted(counts: Mapping[str, int]) -> str:
-    """How often what was counted, the most frequent first."""
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{number} {name}" for name, number in ordered)

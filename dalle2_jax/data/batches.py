@@ -6,6 +6,7 @@ processes or threads, nor on where the iteration began.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import TypeVar
@@ -80,7 +81,8 @@ def batches(
     one does. (Decoding leaves Python to the other threads, drawing `shapes` does not.)
 
     An unusable example is replaced by another one, counted in `.report()`, and logged
-    once for each reason. Raises UserError if 100 in a row are unusable.
+    once for each reason. Raises UserError if 100 in a row are unusable, or if a worker
+    is killed.
     """
     import grain
 
@@ -177,14 +179,38 @@ def count_bad(
             yield row
 
 
-def _in_workers(dataset, workers: int):
+def _in_workers(dataset, workers: int) -> Iterator:
     """The data set's iterator, with so many processes that prepare what it gives."""
     import grain
 
-    if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads its own, which need a program
-            flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
-        )
-    return iter(dataset)
+    if not workers:
+        return iter(dataset)
+    if not flags.FLAGS.is_parsed():  # grain reads its own, which need a program
+        flags.FLAGS.mark_as_parsed()
+    dataset = dataset.mp_prefetch(
+        grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
+    )
+    return _Workers(iter(dataset))
+
+
+class _Workers:
+    """Grain's iterator, with its error for a killed worker in one line."""
+
+    def __init__(self, iterator):
+        self._iterator = iterator
+        self.close = iterator.close
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        try:
+            return next(self._iterator)
+        except RuntimeError as error:
+            if "Worker process was terminated" not in str(error):
+                raise
+            code = re.search(r"-?\d+", str(error))
+            raise UserError(
+                f"a data worker ended (exit code {code and code[0]}); the system kills "
+                "one (-9) when memory runs out: give fewer data.workers or data.threads"
+            ) from error

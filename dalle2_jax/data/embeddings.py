@@ -12,17 +12,19 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dalle2_jax.data.examples import BadExample, Embedded, Listing
+from dalle2_jax.data.examples import BadExample, Embedded, Listing, as_list, clean
 from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.files import read_json
 
 FORMAT = 1
 METADATA = "metadata.json"
+LARGEST_KEYS = 2**30  # bytes of a shard's JSON
 
 
 def begin(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,12 +43,18 @@ def begin(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             f"out={folder} is a URL: give a directory, for instance where the bucket "
             "is mounted"
         )
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"out={folder} is not UTF-8, which array_record needs: give another name"
+        ) from None
     folder = Path(folder)
     wanted = {"format": FORMAT, **settings}
     # In this order, for other processes may be beginning the same.
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if (folder / METADATA).is_file():
-        found = _read_json(folder / METADATA)
+        found = read_json(folder / METADATA, finite=False)
         for key, value in wanted.items():
             if key not in found or found[key] != value:
                 raise UserError(
@@ -112,11 +120,10 @@ def finish(folder: str | Path) -> dict[str, Any] | None:
     Adds `count`, `skipped` by reason, and `mean` and `std`, those of z_image in each of
     its dimensions. Any process may call it after its last shard.
     """
-    metadata = _read_json(Path(folder) / METADATA)
-    files = _files(folder, metadata)
-    if not all(file.is_file() for file in files):
+    metadata = _metadata(folder)
+    if not all(file.is_file() for file in _files(folder, metadata)):
         return None
-    told = [_read_json(file.with_suffix(".json")) for file in files]
+    told = [_told(file) for file in _files(folder, metadata)]
     count = sum(len(t["keys"]) for t in told)
     if count == 0:
         raise UserError(f"{folder} has no examples: all were skipped")
@@ -145,21 +152,16 @@ def embeddings(path: str) -> Listing:
         raise UserError(
             f"{path} has no {METADATA}: make it with python -m dalle2_jax.embed"
         )
-    metadata = _read_json(Path(path) / METADATA)
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {metadata.get('format')}, this version of dalle2_jax "
-            f"reads format {FORMAT}: embed again"
-        )
-    files = _files(path, metadata)
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or metadata["count"] is None:
-        what = f"{missing[0]} is missing" if missing else "it is not complete"
+    metadata = _metadata(path)
+    # One after the other: so many as it claims may never end.
+    missing = next((f for f in _files(path, metadata) if not f.is_file()), None)
+    if missing or metadata.get("count") is None:
+        what = f"{missing.name} is missing" if missing else "it is not complete"
         raise UserError(f"{path}: {what}; the command that made it goes on from there")
-    of_file = {f: _read_json(f.with_suffix(".json"))["keys"] for f in files}
+    of_file = {file: _told(file)["keys"] for file in _files(path, metadata)}
     keys = [key for some in of_file.values() for key in some]
     try:  # a file without a record can't be opened
-        records = ArrayRecordDataSource([str(f) for f in files if of_file[f]])
+        records = ArrayRecordDataSource([str(f) for f, some in of_file.items() if some])
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
     if len(records) != len(keys):
@@ -171,7 +173,8 @@ def embeddings(path: str) -> Listing:
     def read(i: int) -> dict:
         try:
             example = msgpack_restore(records[i])
-        except (RuntimeError, ValueError) as error:
+            _check(example)
+        except Exception as error:  # of damaged bytes, nearly any
             raise BadExample("damaged record", keys[i]) from error
         return {**example, "caption": example["captions"]}
 
@@ -179,16 +182,48 @@ def embeddings(path: str) -> Listing:
     return Listing(f"embeddings {path}", keys, read, embedded)
 
 
-def _files(folder: str | Path, metadata: Mapping[str, Any]) -> list[Path]:
+def _check(example: Mapping[str, Any]) -> None:
+    """Raise an error if an example is not as `write_shard` says."""
+    captions = example["captions"]
+    z_image, z_text, tokens = (example[k] for k in ("z_image", "z_text", "tokens"))
+    if not (
+        as_list(clean(captions, "")) == captions
+        and z_image.ndim == 1
+        and z_text.shape == (len(captions), *z_image.shape)
+        and tokens.ndim == 2
+        and len(tokens) == len(captions)
+    ):
+        raise ValueError("of other shapes")
+
+
+def _files(folder: str | Path, metadata: Mapping[str, Any]) -> Iterator[Path]:
     count = metadata["shards"]
-    return [shard(folder, number, count) for number in range(count)]
+    return (shard(folder, number, count) for number in range(count))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {file}: {first_line(error)}") from error
+def _metadata(folder: str | Path) -> dict[str, Any]:
+    """What a folder's metadata holds, with what there must be of the right type."""
+    file = Path(folder) / METADATA
+    metadata = read_json(file, finite=False)
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} has format {metadata.get('format')}, this version of dalle2_jax "
+            f"reads format {FORMAT}: embed again"
+        )
+    types = {"clip": str, "image_size": int | None, "shards": int, "count": int | None}
+    for name, kind in types.items():
+        if name not in metadata or not isinstance(metadata[name], kind):
+            raise UserError(f"{file} is damaged: it has no valid {name!r}; embed again")
+    return metadata
+
+
+def _told(file: Path) -> dict[str, Any]:
+    """What a shard's JSON holds."""
+    told = read_json(file.with_suffix(".json"), LARGEST_KEYS, finite=False)
+    keys = told.get("keys")
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise UserError(f"{file.with_suffix('.json')} has no list of keys: embed again")
+    return told
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

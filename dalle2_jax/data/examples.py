@@ -1,22 +1,34 @@
 """What every source of captioned pictures is made of: examples, and which are read."""
 
-import json
+import functools
+import logging
+import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dalle2_jax.errors import UserError
+from dalle2_jax.files import parse_json, read_lines
+
+log = logging.getLogger(__name__)
 
 ENDLESS = 2**31 - 1  # examples of a source that has no end
 SPLITS = ("train", "heldout")
 HOLDOUT = 0.02
 FEWEST_TO_HOLD_OUT = 10
 CAPTION_FIELDS = ("caption", "text")
+LONGEST_CAPTION = 100_000  # characters of all captions of an example
+MOST_CAPTIONS = 1000  # of an example
+LARGEST_TEXT = 2**20  # bytes of a file with captions
+LARGEST_PICTURE = 2**29  # bytes of a file
+LONGEST_LINE = 2**24  # bytes of a line of JSON
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
 
 
 class BadExample(Exception):
@@ -45,15 +57,15 @@ class Embedded(NamedTuple):
 class Listing(NamedTuple):
     """All that a source has: a key for each example, and how the i-th is read.
 
-    `left_out` counts pictures without a caption and captions without a picture, which
-    are no examples.
+    `left_out` counts what is not an example, by the reason: pictures without a caption,
+    captions without a picture, files of formats that are not read.
     """
 
     name: str
     keys: Sequence[str]
     read: Callable[[int], dict]
     embedded: Embedded | None = None
-    left_out: int = 0
+    left_out: Mapping[str, int] = MappingProxyType({})
 
 
 class Source:
@@ -71,7 +83,7 @@ class Source:
         endless: bool = False,
         keys: Sequence[str] | None = None,
         embedded: Embedded | None = None,
-        left_out: int = 0,
+        left_out: Mapping[str, int] = MappingProxyType({}),
     ):
         self.name, self.endless, self.embedded = name, endless, embedded
         self.left_out = left_out
@@ -102,7 +114,7 @@ def select(
     """
     if not 0 <= holdout < 1:
         raise UserError(f"holdout is {holdout}; it is a fraction, from 0 to below 1")
-    keys = unique(listing.keys)
+    keys = unique([printable(key) for key in listing.keys])
     indices = np.arange(len(keys))
     if keep is not None:
         kept = read_keep(keep)
@@ -119,7 +131,7 @@ def select(
         part = order[:held_out] if split == "heldout" else order[held_out:]
         indices = np.sort(part)
     return Source(
-        listing.name,
+        printable(listing.name),
         indices,
         listing.read,
         keys=keys,
@@ -140,23 +152,54 @@ def unique(keys: Sequence[str]) -> Sequence[str]:
     return numbered
 
 
+def printable(key: str) -> str:
+    """Return a file's name as valid Unicode: bytes that aren't UTF-8 become "\\udce9".
+
+    Few libraries take a name as Python has it.
+    """
+    return key if key.isascii() else key.encode("utf-8", "backslashreplace").decode()
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """How often what was counted, the most frequent first."""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{number:,} {name}" for name, number in ordered)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, but once only: a run opens a source several times."""
+    log.warning("%s", message)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a path in a folder or tar is not data: a dotfile, or of the system."""
+    return any(
+        part in SYSTEM_FOLDERS or (part.startswith(".") and part not in (".", ".."))
+        for part in path.split("/")
+    )
+
+
 def _hash(key: str) -> int:
     """Of a key without its number, so that one picture's captions are in one split."""
-    stem = re.sub(r" #\d+$", "", key)
-    return zlib.crc32(stem.encode(errors="surrogateescape"))
+    return zlib.crc32(re.sub(r" #\d+$", "", key).encode())
 
 
 def read_keep(path: str | Path) -> set[str]:
     """The keys in a file of lines {"key": "..."}; UserError if it is not one."""
+    path = os.path.expanduser(path)
+    keys = set()
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        return {str(json.loads(line)["key"]) for line in lines if line.strip()}
+        for line in read_lines(path, LONGEST_LINE):
+            if line.strip():
+                keys.add(printable(str(parse_json(line, path, finite=False)["key"])))
     except OSError as error:
         raise UserError(f"cannot read keep={path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise UserError(
             f'keep={path} is not a list of keys: each line must be {{"key": "..."}}'
         ) from error
+    return keys
 
 
 def as_list(caption: str | list[str]) -> list[str]:
@@ -164,15 +207,29 @@ def as_list(caption: str | list[str]) -> list[str]:
     return [caption] if isinstance(caption, str) else caption
 
 
-def clean(caption, key: str) -> str | list[str]:
-    """The caption, or each of several, in one line; raises BadExample without any."""
+def clean(caption: Any, key: str) -> str | list[str]:
+    """Return the caption, or each of several, in one line.
+
+    Of several, those that are None or empty are left out. Raises BadExample if none is
+    left, and if they are too many, too long, not text or not valid Unicode.
+    """
     several = [caption] if isinstance(caption, str) else caption
+    if isinstance(several, list):
+        several = [c for c in several if c is not None]
     if not isinstance(several, list) or not all(isinstance(c, str) for c in several):
         raise BadExample("no caption" if caption is None else "caption not text", key)
+    if sum(map(len, several)) > LONGEST_CAPTION:
+        raise BadExample("caption too long", key)
     several = [" ".join(c.split()) for c in several]
     several = [c for c in several if c]
     if not several:
         raise BadExample("empty caption", key)
+    if len(several) > MOST_CAPTIONS:
+        raise BadExample("too many captions", key)
+    try:
+        "".join(several).encode()
+    except UnicodeEncodeError:  # half of a character beyond "\uffff"
+        raise BadExample("caption not UTF-8", key) from None
     return several[0] if len(several) == 1 else several
 
 
@@ -184,7 +241,30 @@ def decode(text: bytes, key: str) -> str:
         raise BadExample("caption not UTF-8", key) from None
 
 
-def caption_of(record):
-    """The caption of a JSON record, unchecked, or None."""
-    fields = record if isinstance(record, dict) else {}
-    return next((fields[name] for name in CAPTION_FIELDS if name in fields), None)
+def captions_of_text(text: bytes, key: str) -> str | list[str]:
+    """Return the captions in a text file, one a line, as `clean` does."""
+    return clean(re.split(r"[\r\n]+", decode(text, key)), key)
+
+
+def captions_of_record(record: Mapping[str, Any], key: str) -> str | list[str]:
+    """Return the captions of a JSON record, as `clean` does.
+
+    They are in the first of the fields "caption" and "text" that has any.
+    """
+    problem = BadExample("no caption", key)
+    for name in CAPTION_FIELDS:
+        if record.get(name) is not None:
+            try:
+                return clean(record[name], key)
+            except BadExample as bad:
+                problem = bad
+    raise problem
+
+
+def captions_of_json(text: bytes, key: str) -> str | list[str]:
+    """Return the captions in a JSON file, as `captions_of_record` does."""
+    try:
+        record = parse_json(decode(text, key), key, finite=False)
+    except UserError:
+        raise BadExample("caption not JSON", key) from None
+    return captions_of_record(record, key)

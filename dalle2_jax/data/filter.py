@@ -4,6 +4,8 @@ Of the kind that data sets for CLIP are filtered by: LAION-5B (arXiv 2210.08402)
 DataComp (arXiv 2304.14108, section 3.4).
 """
 
+import io
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -14,9 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.files import read_bytes
+
+LARGEST_BLOCKLIST = 2**24  # bytes
+LARGEST_CLASSIFIER = 2**20
 
 
 class Classifier(NamedTuple):
@@ -111,7 +117,8 @@ def blocklist(phrases: Iterable[str]) -> re.Pattern:
 def read_blocklist(path: str | Path) -> re.Pattern:
     """`blocklist` of a file with a word or phrase a line; UserError if it is none."""
     try:
-        return blocklist(Path(path).read_text(encoding="utf-8").splitlines())
+        text = read_bytes(os.path.expanduser(path), LARGEST_BLOCKLIST)
+        return blocklist(text.decode("utf-8-sig").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot read the blocklist {path}: {first_line(error)}"
@@ -197,11 +204,12 @@ def read_classifier(path: str | Path) -> Classifier:
     UserError if it has anything else.
     """
     try:
+        data = read_bytes(os.path.expanduser(path), LARGEST_CLASSIFIER)
         if str(path).endswith(".npz"):
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 arrays = dict(file)
         else:
-            arrays = load_file(path)
+            arrays = load(data)
     except Exception as error:  # of either library, and of the file system
         raise UserError(
             f"cannot read the classifier {path}: {first_line(error)}"

@@ -1,5 +1,6 @@
 """Several sources as one, each drawn from as often as its weight says."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from dalle2_jax.data.examples import ENDLESS, Source
@@ -59,5 +60,5 @@ def mix(sources: Sequence[Source], weights: Sequence[float | int], seed: int) ->
         read,
         endless=True,
         embedded=sources[0].embedded,
-        left_out=sum(source.left_out for source in sources),
+        left_out=sum((Counter(source.left_out) for source in sources), Counter()),
     )

@@ -9,12 +9,10 @@ With CLIP's embeddings there are also those that data/embeddings.py describes.
 
 import ast
 import inspect
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -29,15 +27,17 @@ from dalle2_jax.data.examples import (
     Listing,
     Source,
     as_list,
-    caption_of,
     clean,
+    counted,
     decode,
     select,
+    warn_once,
 )
-from dalle2_jax.data.image import EXTENSIONS
+from dalle2_jax.data.folder import folder
 from dalle2_jax.data.mixture import mix
 from dalle2_jax.data.tars import webdataset
 from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.files import check_files
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,14 @@ def open_source(
     kind, path, and the options they take (one that is None counts as not given):
     "shapes"      no path. `pairs`, the part of scenes with two things, and `contrast`:
                   every so many scenes in a row differ in one attribute only.
-    "folder"      a folder of pictures, with captions in metadata.jsonl (fields
-                  file_name and caption or text) or beside each picture in a .txt.
-    "webdataset"  tars of KEY.png (.jpg, .webp) with KEY.txt or KEY.json (field caption
-                  or text): a path or URL that fsspec reads, with globs and braces.
+    "folder"      a folder of pictures, in it and in the folders in it, with captions in
+                  its metadata.jsonl (fields file_name and caption or text) or beside
+                  each picture in a .txt. Pictures are files with the extensions of
+                  image.EXTENSIONS, in any case. Hidden files (.NAME, __MACOSX) are not
+                  read. Links are followed, but no folder is read twice.
+    "webdataset"  tars of KEY.png (or another of those extensions) with KEY.txt or
+                  KEY.json (field caption or text): a path or URL that fsspec reads,
+                  with globs and braces.
     "tfds"        a data set prepared as array_record: its folder, or its name and
                   `data_dir`. `tfds_split` is what TFDS calls its split, `image` and
                   `caption` are its fields, as "captions/text".
@@ -66,12 +70,17 @@ def open_source(
     "mixture"     no path. `parts`: each a dict of source (a kind), path, weight and
                   options, which has its own split; see mixture.mix. `defaults`: by
                   kind, the options that parts don't give.
-    All with a path take `holdout`, the fraction of the pictures that make up the split
-    "heldout"; the others are "train". With fewer than 10 pictures, or a holdout of 0,
-    both splits are all of them. And `keep`, a file with the keys of the examples that
-    are read, as `python -m dalle2_jax.filter` writes it; all others are as if they were
-    not there. Shapes take the seed, and have a third split "unseen": scenes with a
-    (colour, shape) that the others never show.
+
+    A .txt is UTF-8 and has one caption, or several, one a line. JSON has several as a
+    list. One of several is drawn each time that the picture is. What is left out, such
+    as a picture without a caption, is counted in the source's `left_out`.
+
+    A path may begin with ~. All with a path take `holdout`, the fraction of the
+    pictures that make up the split "heldout"; the others are "train". With fewer than
+    10 pictures, or a holdout of 0, both splits are all of them. And `keep`, a file with
+    the keys of the examples that are read, as `python -m dalle2_jax.filter` writes it;
+    all others are as if they were not there. Shapes take the seed, and have a third
+    split "unseen": scenes with a (colour, shape) that the others never show.
 
     Raises UserError if there is nothing to read.
     """
@@ -93,7 +102,11 @@ def open_source(
     if kind in PATHLESS:
         return opener(split, seed, **options)
     chosen = {name: options.pop(name) for name in ("holdout", "keep") & options.keys()}
-    return select(opener(os.fspath(path), **options), split, **chosen)
+    path = os.path.expanduser(path)  # leaves URLs as they are
+    source = select(opener(path, **options), split, **chosen)
+    if source.left_out:
+        warn_once(f"{source.name}: left out: {counted(source.left_out)}")
+    return source
 
 
 def open_all(
@@ -184,96 +197,6 @@ def _mixture(
     return mix(opened, weights, seed)
 
 
-# a folder
-
-
-def _folder(path: str) -> Listing:
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {path}")
-    files = {
-        os.path.relpath(os.path.join(where, name), folder)
-        for where, _, names in os.walk(folder, followlinks=True)
-        for name in names
-    }
-    pictures = sorted(f for f in files if f.lower().endswith(EXTENSIONS))
-    if not pictures:
-        raise UserError(f"the folder {path} has no pictures ({', '.join(EXTENSIONS)})")
-    if "metadata.jsonl" in files:
-        keys, read = _with_metadata(folder, files)
-    else:
-        keys, read = _with_sidecars(folder, files, pictures)
-    left_out = len(set(pictures) - set(keys))
-    return Listing(f"folder {path}", keys, read, left_out=left_out)
-
-
-def _with_sidecars(folder: Path, files: set[str], pictures: list[str]):
-    captioned = [f for f in pictures if os.path.splitext(f)[0] + ".txt" in files]
-    if not captioned:
-        raise UserError(
-            f"the folder {folder} has no captions: give it a metadata.jsonl with the "
-            "fields file_name and caption, or a .txt beside each picture"
-        )
-    if len(captioned) < len(pictures):
-        missing = len(pictures) - len(captioned)
-        log.warning("%s: %d pictures without a caption are left out", folder, missing)
-
-    def read(i: int) -> dict:
-        file = folder / captioned[i]
-        text = decode(_read_bytes(file.with_suffix(".txt")), str(file))
-        return {"image": _read_bytes(file), "caption": clean(text, str(file))}
-
-    return captioned, read
-
-
-def _with_metadata(folder: Path, files: set[str]):
-    examples, missing = [], []
-    with open(folder / "metadata.jsonl", "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            name = caption = None
-            problem = "metadata without file_name"
-            try:
-                record = json.loads(line)
-                name = os.path.normpath(record["file_name"])
-                caption = caption_of(record)
-            except UnicodeDecodeError:
-                problem = "caption not UTF-8"
-            except (ValueError, KeyError, TypeError):
-                pass
-            if name is not None and name not in files:
-                missing.append(f"{name} (line {number})")
-            where = f"{folder}/metadata.jsonl line {number}"
-            examples.append((name, caption, where, problem))
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(
-            f"{folder}/metadata.jsonl names a picture that is not there: "
-            f"{missing[0]}{more}; add the file or take out the line"
-        )
-    if all(name is None or caption is None for name, caption, *_ in examples):
-        raise UserError(
-            f"{folder}/metadata.jsonl has no captions; a line is "
-            '{"file_name": "a.png", "caption": "what it shows"}'
-        )
-
-    def read(i: int) -> dict:
-        name, caption, key, problem = examples[i]
-        if name is None:
-            raise BadExample(problem, key)
-        return {"image": _read_bytes(folder / name), "caption": clean(caption, key)}
-
-    return [name or key for name, _, key, _ in examples], read
-
-
-def _read_bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise BadExample(f"cannot read ({error.strerror})", str(file)) from error
-
-
 # TFDS
 
 
@@ -288,7 +211,10 @@ def _tfds(
     import tensorflow_datasets as tfds
     from etils import epath
 
+    data_dir = data_dir and os.path.expanduser(data_dir)
     folder = epath.Path(path)
+    if os.path.isdir(path):
+        check_files(path)
     if folder.is_dir() and not (folder / "dataset_info.json").exists():
         raise UserError(f"the folder {path} has no dataset_info.json of TFDS")
     try:
@@ -320,7 +246,10 @@ def _tfds(
         ) from error
 
     def read(i: int) -> dict:
-        record = source[i]
+        try:
+            record = source[i]
+        except Exception as error:  # of a damaged record, nearly any
+            raise BadExample("damaged record", str(i)) from error
         value = record
         for field in caption.split("/"):
             value = value[field]
@@ -347,7 +276,7 @@ def _feature(features, path: str):
 OPENERS: dict[str, Callable[..., Listing | Source]] = {
     "shapes": _shapes,
     "mixture": _mixture,
-    "folder": _folder,
+    "folder": folder,
     "webdataset": webdataset,
     "tfds": _tfds,
     "embeddings": embeddings,

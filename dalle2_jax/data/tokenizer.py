@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.files import check_files
 
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 SMALLEST = 512 + len(SPECIALS)
@@ -39,6 +40,7 @@ class Tokenizer:
         self.sot: int = wrapped.bos_token_id
         self.eot: int = wrapped.eos_token_id
         self.pad: int = wrapped.pad_token_id
+        self._longest = max(map(len, self._backend.get_vocab()))  # of a token
 
     def encode(
         self, texts: Sequence[str], context_length: int, warn: bool = True
@@ -46,11 +48,12 @@ class Tokenizer:
         """Start token, text, end token, then padding.
 
         A text that is too long is cut so that the end token still fits, with a warning
-        unless told otherwise.
+        unless told otherwise. Raises UserError for a text that is not valid Unicode.
         """
         tokens = np.full((len(texts), context_length), self.pad, np.int32)
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        for row, text, encoding in zip(tokens, texts, encodings, strict=True):
+        begun = [self._beginning(text, context_length) for text in texts]
+        encodings = self._backend.encode_batch(begun, add_special_tokens=False)
+        for row, text, encoding in zip(tokens, begun, encodings, strict=True):
             ids = [self.sot, *encoding.ids[: context_length - 2], self.eot]
             row[: len(ids)] = ids
             if warn and len(encoding.ids) > context_length - 2:
@@ -60,6 +63,16 @@ class Tokenizer:
                     stacklevel=2,
                 )
         return tokens
+
+    def _beginning(self, text: str, context_length: int) -> str:
+        """Return a text without what is far beyond its first `context_length` tokens.
+
+        To encode a book would take minutes.
+        """
+        _check_unicode(text)
+        # A token and the space before it; normalization may shorten a text fourfold.
+        most = 4 * (self._longest + 1) * context_length
+        return text if len(text) <= most else " ".join(text.split())[:most]
 
     def lengths(
         self, tokens: Int32[np.ndarray, "n context_length"]
@@ -84,6 +97,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
     local = Path(path).is_dir()
     if not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
         raise UserError(f"there is no folder {path} to load a tokenizer from")
+    if local:
+        check_files(path)
     try:
         wrapped = import_transformers().CLIPTokenizer.from_pretrained(str(path))
     # A damaged file surfaces as nearly any exception, the hub's as OSError.
@@ -104,8 +119,8 @@ def train(captions: Iterable[str], vocab_size: int, context_length: int) -> Toke
     """Learns the merges of a vocabulary of at most `vocab_size` from captions.
 
     `context_length` is stored for those who load it with transformers. The order of the
-    captions does not matter. Raises UserError if `vocab_size` is below 514 or there are
-    no captions.
+    captions does not matter. Raises UserError if `vocab_size` is below 514, there are
+    no captions, or one is not valid Unicode.
     """
     from tokenizers.trainers import BpeTrainer
 
@@ -114,7 +129,10 @@ def train(captions: Iterable[str], vocab_size: int, context_length: int) -> Toke
             f"a vocabulary of {vocab_size} is too small: the bytes and the specials "
             f"alone are {SMALLEST}"
         )
-    captions = sorted(captions)
+    # The time grows with the square of a word's length.
+    captions = sorted(caption[: 64 * context_length] for caption in captions)
+    for caption in captions:
+        _check_unicode(caption)
     if not captions:
         raise UserError("there are no captions to train a tokenizer on")
     alphabet = _byte_alphabet()
@@ -137,6 +155,14 @@ def blank(vocab_size: int, context_length: int) -> Tokenizer:
         itertools.product(alphabet, alphabet), vocab_size - SMALLEST
     )
     return Tokenizer(_clip(alphabet, list(merges), context_length))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        said = f"{text[error.start]!r} is half of a character"
+        raise UserError(f"{text[:60]!r} is not valid Unicode: {said}") from None
 
 
 def _clip(alphabet: list[str], merges: list, context_length: int):
