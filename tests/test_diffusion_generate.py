@@ -26,7 +26,15 @@ def sampled(apply, settings, last=None, **options):
 
     @jax.jit
     def loop(sampling):
-        arguments = apply, COND, NULL, draw, DIFFUSION, sampling, sample.begin(draw(0))
+        arguments = (
+            apply,
+            COND,
+            NULL,
+            draw,
+            DIFFUSION,
+            sampling,
+            sampling.begin(draw(0)),
+        )
         return generate.generate(*arguments, last=last, **options).x
 
     return loop(sampling)
@@ -55,6 +63,7 @@ def by_hand(call):
         ("ddpm", sample.ddpm),
         ("ddim", lambda d, s, x, draw: sample.ddim(d, s, x, draw, 0.5)),
         ("dpm_solver", lambda d, s, x, draw: sample.dpm_solver(d, s, x)),
+        ("unipc", lambda d, s, x, draw: sample.unipc(d, s, x)),
     ],
 )
 def test_a_sampler_by_its_name(name, call):
@@ -130,7 +139,7 @@ def test_each_picture_of_a_batch_has_its_own_settings():
         SAMPLING | dict(steps=[0, 400, 999], guidance=1.0),
         SAMPLING | dict(steps="ddim8", guidance=2.0, threshold=90.0, clip=0.5),
     ]
-    for sampler in ("ddpm", "ddim", "dpm_solver"):
+    for sampler in ("ddpm", "ddim", "dpm_solver", "unipc"):
         each = [settings | {"sampler": sampler} for settings in several]
         mixed = sampled(follows, each)
         for k, settings in enumerate(each):
@@ -154,7 +163,7 @@ def test_a_last_network_is_taken_at_each_pictures_last_step():
     np.testing.assert_allclose(sampled(apply, each, last), -0.6, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver", "repaint"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver", "unipc", "repaint"])
 def test_a_loop_can_be_cut_anywhere(sampler):
     draw = sample.gaussian(jax.random.split(jax.random.key(0), 3), (4,))
     each = [SAMPLING | dict(sampler=sampler, steps=n, repeats=2) for n in (6, 4, 5)]
@@ -168,8 +177,8 @@ def test_a_loop_can_be_cut_anywhere(sampler):
         return generate.generate(*arguments)
 
     total = int(max(sampling.steps))
-    whole = advance(sample.begin(draw(0)), 0, total)
-    state = sample.begin(draw(0))
+    whole = advance(sampling.begin(draw(0)), 0, total)
+    state = sampling.begin(draw(0))
     for start, stop in ((0, 1), (1, 4), (4, total)):
         state = advance(state, start, stop)
     np.testing.assert_array_equal(state.x, whole.x)

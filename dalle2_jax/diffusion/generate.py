@@ -4,7 +4,7 @@ The settings are two sections of a config. `diffusion` says how the network was 
 schedule, steps, predict, variance, min_snr_gamma, snr_power, logit_normal. `sampling`
 says how to run it:
 
-    sampler    "ddpm", "ddim", "dpm_solver", or "repaint" with its own `repeats`
+    sampler    "ddpm", "ddim", "dpm_solver", "unipc", or "repaint" (with `repeats`)
     steps      how many, or which (see schedule.respace)
     guidance   scale of classifier-free guidance; 1 for none
     guidance_interval  least and largest timestep with guidance, or None for all
@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Int
 from dalle2_jax.diffusion import guide, process, sample, schedule
 from dalle2_jax.errors import UserError
 
-SAMPLERS = ("ddpm", "ddim", "dpm_solver", "repaint")
+SAMPLERS = ("ddpm", "ddim", "dpm_solver", "unipc", "repaint")
 # What configs of earlier versions leave out.
 DEFAULTS = {"guidance_interval": None}
 
@@ -79,6 +79,10 @@ class Sampling:
     candidates: int = static()
     sampler: str = static()
     passes: str = static()
+
+    def begin(self, x: Float[Array, "b ..."]) -> sample.State:
+        """The state before the first step, at x_T."""
+        return sample.begin(x, remember=self.sampler == "unipc")
 
     @property
     def steps(self) -> Int[Array | np.ndarray, " b"]:
@@ -170,7 +174,7 @@ def generate(
       draw: the noise.
       diffusion: see the module.
       sampling: the settings of each example.
-      state: sample.begin(x_T), or what the steps before left.
+      state: sampling.begin(x_T), or what the steps before left.
       start, stop: by default all steps.
       last: the network of the last step, where it has one of its own.
       known: (x0, mask) that broadcast over the samples: what is to stay where the mask
@@ -202,6 +206,8 @@ def generate(
             step = sample.ddim_step(denoise, tables, draw, sampling.eta)
         case "dpm_solver":
             step = sample.dpm_solver_step(denoise, tables)
+        case "unipc":
+            step = sample.unipc_step(denoise, tables)
         case "repaint":
             step = sample.repaint_step(denoise, tables, draw, sampling.repeats)
     return sample.run(step, state, sampling.steps, start, stop)

@@ -33,10 +33,17 @@ class Prediction(NamedTuple):
 
 
 class State(NamedTuple):
-    """Between two steps: x_i, and the data that the last step expected."""
+    """Between two steps.
+
+    Attributes:
+      x: x_i.
+      x0: the data that the last step expected.
+      past: what "unipc" remembers: x_i and x0 before the last step. () for the others.
+    """
 
     x: X
     x0: X
+    past: tuple[X, X] | tuple[()] = ()
 
 
 Denoiser = Callable[[X, Index], Prediction]
@@ -60,10 +67,14 @@ def replay(noise: Float[Array, "steps b ..."]) -> Draw:
     return lambda k: noise[k]
 
 
-def begin(x: X) -> State:
-    """The state before the first step, at x_T (or, for `invert_step`, at the data)."""
+def begin(x: X, remember: bool = False) -> State:
+    """The state before the first step, at x_T (or, for `invert_step`, at the data).
+
+    `remember` makes room for what `unipc_step` needs.
+    """
     x = x.astype(jnp.float32)
-    return State(x, jnp.zeros_like(x))
+    zeros = jnp.zeros_like(x)
+    return State(x, zeros, (zeros, zeros) if remember else ())
 
 
 def run(
@@ -246,6 +257,36 @@ def dpm_solver_step(denoise: Denoiser, schedule: Tables) -> Step:
         ahead = x0 + at(schedule.solver_slope, i, x) * (x0 - state.x0)
         x = at(schedule.solver_x, i, x) * x + at(schedule.solver_x0, i, x) * ahead
         return State(x, x0)
+
+    return step
+
+
+def unipc(denoise: Denoiser, schedule: Tables, x: X) -> X:
+    """UniPC of order 2 (Zhao et al. 2023, arXiv 2302.04867), deterministic.
+
+    `dpm_solver`, each of whose steps is corrected by what the next one predicts anyway.
+    Takes and returns what `dpm_solver` does.
+    """
+    step = unipc_step(denoise, schedule)
+    return run(step, begin(x, remember=True), schedule.steps).x
+
+
+def unipc_step(denoise: Denoiser, schedule: Tables) -> Step:
+    """One step of `unipc`."""
+
+    def step(state, k):
+        i, (x_before, x0_before) = _level(schedule, k), state.past
+        x = state.x
+        x0 = denoise(x, i).x0
+        change = at(schedule.corrector_past, i, x) * (x0_before - state.x0)
+        change += at(schedule.corrector_here, i, x) * (x0 - state.x0)
+        corrected = at(schedule.corrector_x, i, x) * x_before
+        corrected += at(schedule.corrector_x0, i, x) * (state.x0 + change)
+        x = jnp.where(k > 0, corrected, x)
+        ahead = x0 + at(schedule.solver_slope, i, x) * (x0 - state.x0)
+        following = at(schedule.solver_x, i, x) * x
+        following += at(schedule.solver_x0, i, x) * ahead
+        return State(following, x0, (x, state.x0))
 
     return step
 

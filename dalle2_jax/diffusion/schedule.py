@@ -157,6 +157,44 @@ class Schedule(NamedTuple):
         slope[2:-1] = h[1:-1] / (2 * h[2:])
         return slope
 
+    @property
+    def corrector_x(self) -> Table:
+        """`solver_x` of the step that led to each level; none led to the noisiest."""
+        return np.append(self.solver_x[1:], 0)
+
+    @property
+    def corrector_x0(self) -> Table:
+        """`solver_x0` of the step that led to each level."""
+        return np.append(self.solver_x0[1:], 0)
+
+    @property
+    def corrector_past(self) -> Table:
+        """Weight of the data two steps before in UniPC's corrector: `_corrector`."""
+        return self._corrector[0]
+
+    @property
+    def corrector_here(self) -> Table:
+        """Weight of the data at the level itself in UniPC's corrector."""
+        return self._corrector[1]
+
+    @property
+    def _corrector(self) -> tuple[Table, Table]:
+        """Weights of UniC-p with B(h) = exp(h) - 1 (Zhao et al. 2023, section 3.2).
+
+        Of the differences from the data one step before. p = 2, but p = 1 after the
+        first step and at the last level, where the predictor is first-order, too.
+        """
+        past, here = np.zeros(self.steps), np.full(self.steps, 0.5)
+        log_snr = np.log(self.signal / self.noise)
+        for i in range(1, self.steps - 2):
+            h = log_snr[i] - log_snr[i + 1]
+            r = (log_snr[i + 2] - log_snr[i + 1]) / h
+            phi = 1 / -h - 1 / np.expm1(-h)
+            right = [phi, (phi / -h - 0.5 / np.expm1(-h)) * 2]
+            past[i], here[i] = np.linalg.solve([[1, 1], [r, 1]], right)
+            past[i] /= r
+        return past, here
+
 
 class Levels(NamedTuple):
     """The tables of b schedules, for one compiled program; see `stack`.
@@ -184,6 +222,10 @@ class Levels(NamedTuple):
     solver_x: Float[Array, "b n"]
     solver_x0: Float[Array, "b n"]
     solver_slope: Float[Array, "b n"]
+    corrector_x: Float[Array, "b n"]
+    corrector_x0: Float[Array, "b n"]
+    corrector_past: Float[Array, "b n"]
+    corrector_here: Float[Array, "b n"]
 
 
 def stack(schedules: Sequence[Schedule], length: int) -> Levels:

@@ -113,7 +113,7 @@ def begin(
     if start is None:
         start = _noise(decoder, inputs.randomness)(0)
     prepared = Prepared(cond, null, inputs.randomness, inputs.known)
-    return prepared, sample.begin(start)
+    return prepared, sampling.begin(start)
 
 
 @jit

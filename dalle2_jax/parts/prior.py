@@ -109,7 +109,7 @@ def begin(
     )
     prepared = inputs.replace(caption=caption, null=null, randomness=randomness)
     draw = noise_of(randomness, PRIOR, inputs.mean.shape)
-    return prepared, sample.begin(draw(0))
+    return prepared, sampling.begin(draw(0))
 
 
 @jit

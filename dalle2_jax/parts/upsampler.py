@@ -87,7 +87,7 @@ def begin(
     low = jnp.where(sampling.round_low[:, None, None, None], rounded, low)
     low = image.resize(jnp.clip(low, -1, 1), upsampler.size)
     draw = _noise(upsampler, inputs.randomness)
-    return Prepared(low, inputs.randomness, inputs.known), sample.begin(draw(0))
+    return Prepared(low, inputs.randomness, inputs.known), sampling.begin(draw(0))
 
 
 @jit

@@ -65,7 +65,7 @@ def text_to_image(
       guidance_interval: the least and the largest timestep with guidance (arXiv
         2404.07724), as (100, 700) or {"decoder": (100, 700)}. The steps outside of it
         take half the time.
-      sampler: "ddpm", "ddim" or "dpm_solver", for all networks or by network.
+      sampler: "ddpm", "ddim", "dpm_solver" or "unipc", for all networks or by network.
       noise: noise that was drawn elsewhere, for the networks that shall not draw their
         own from the seed: {"prior": [steps, n, d], "decoder": [steps, n, h, w, 3],
         "upsampler": ([steps, n, h, w, 3],)}, n pictures in all. Entry 0 is x_T, entry k
