@@ -136,7 +136,7 @@ def truncate(path, size):
     "name, size, message",
     [
         ("config.json", None, "is not a model: it has no config.json"),
-        ("config.json", 20, "config.json is not the config of a model"),
+        ("config.json", 20, "config.json is not valid JSON"),
         ("prior.safetensors", None, "prior.safetensors is missing: copy or export"),
         ("clip.safetensors", 0, "clip.safetensors is truncated or damaged"),
         ("clip.safetensors", 99, "clip.safetensors is truncated or damaged"),
@@ -158,10 +158,18 @@ def test_a_model_that_cannot_be_read(model, name, size, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "3", '{"format": 1, "parts": 3}'])
-def test_a_config_of_something_else(model, text):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "must hold a JSON object"),
+        ("{}", "is not the config of a model"),
+        ("3", "must hold a JSON object"),
+        ('{"format": 1, "parts": 3}', "is not the config of a model"),
+    ],
+)
+def test_a_config_of_something_else(model, text, message):
     (model / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json is not the config of a model"):
+    with pytest.raises(UserError, match=f"config.json {message}"):
         checkpoint.load(model)
 
 

@@ -131,9 +131,9 @@ def test_every_weight_is_accounted_for(tmp_path, change, message):
     "key, value, message",
     [
         ("model_type", "siglip", "'siglip' in config.json: must be 'clip'"),
-        ("text_config", {"hidden_act": "relu"}, "must be one of gelu, quick_gelu"),
-        ("text_config", {"hidden_act": "gelu"}, "vision_config.hidden_act"),
-        ("text_config", {"intermediate_size": 60}, "must be 64"),
+        ("text_config", {"hidden_act": "tanh"}, "text_config.hidden_act is 'tanh'"),
+        ("vision_config", {"hidden_act": "tanh"}, "vision_config.hidden_act is 'tanh'"),
+        ("vision_config", {"num_channels": 1}, "num_channels is 1 .*: must be 3"),
     ],
 )
 def test_a_clip_that_is_not_ours_is_refused(key, value, message):
@@ -153,11 +153,11 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
         weights.find(tmp_path / "nowhere")
     with pytest.raises(UserError, match="has no weights"):
         weights.find(tmp_path)
-    with pytest.raises(UserError, match="has no config.json"):
+    with pytest.raises(UserError, match="cannot read .*config.json: No such file"):
         openai_clip.read(tmp_path)
     path = write(tmp_path / "clip", arrays) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="clip/model.safetensors is missing, trunc"):
+    with pytest.raises(UserError, match="clip/model.safetensors is truncated"):
         openai_clip.read(tmp_path / "clip")
 
 
