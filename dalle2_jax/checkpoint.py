@@ -12,6 +12,7 @@ a directory with everything that sampling needs, and nothing pickled:
 import contextlib
 import hashlib
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -173,9 +174,13 @@ def load(
 
 
 def merge(models: Sequence[Export]) -> Export:
-    """Puts models together; of parts that several have, the last is taken.
+    """Put models together; of parts that several have, the last is taken.
 
-    But a CLIP with both towers goes before one that has only the text's.
+    But a CLIP with both towers goes before one that has only one of them, and two CLIPs
+    of one tower each make one with both.
+
+    Raises:
+        UserError: their towers have embeddings of different dimensions.
     """
     parts: dict[str, Any] = {}
     params: dict[str, Any] = {}
@@ -183,13 +188,43 @@ def merge(models: Sequence[Export]) -> Export:
     text = None
     for model in models:
         for name, section in model.config["parts"].items():
-            net = section["net"]
-            if name == "clip" and name in parts and net.get("image_size") is None:
-                continue
-            parts[name], params[name] = section, model.params[name]
+            tree = model.params[name]
+            if name == "clip" and name in parts:
+                have, new = _towers(parts[name]), _towers(section)
+                if new < have:
+                    continue
+                if not new & have:
+                    section = _join(parts[name], section)
+                    # It is with no tower alone, and OpenAI's is at this limit.
+                    scale = {"logit_scale": np.float32(math.log(100))}
+                    tree = {**params[name], **tree, **scale}
+            parts[name], params[name] = section, tree
         statistics |= model.statistics
         text = model.tokenizer_dir or text
     return Export({"parts": parts}, params, text, statistics)
+
+
+def _towers(clip: Mapping[str, Any]) -> set[str]:
+    net = clip["net"]
+    keys = {"text": "text_width", "vision": "image_size"}
+    return {tower for tower, key in keys.items() if net.get(key) is not None}
+
+
+def _join(*clips: Mapping[str, Any]) -> dict[str, Any]:
+    """One CLIP of two that have a tower each."""
+    vision, text = (
+        clip["net"] for clip in sorted(clips, key=lambda x: "text" in _towers(x))
+    )
+    if vision["embed_dim"] != text["embed_dim"]:
+        raise UserError(
+            f"CLIP's image tower makes embeddings of dimension {vision['embed_dim']}, "
+            f"its text tower of {text['embed_dim']}: load towers of one CLIP"
+        )
+    net = {**vision, **text}
+    activation = vision.get("activation", text.get("activation"))
+    if activation != text.get("activation"):
+        net["vision_activation"] = activation
+    return {"net": net}
 
 
 def check(params: Any, abstract: Any, where: str | Path) -> None:
