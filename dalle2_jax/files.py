@@ -5,6 +5,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
 from typing import Any
 
 from dalle2_jax.errors import UserError
@@ -19,6 +20,44 @@ def read_bytes(path: str | os.PathLike, largest: int) -> bytes:
     Raises OSError, with one line in `strerror`, if there is none: a named pipe would
     wait for ever, and a device such as /dev/zero has no end.
     """
+    size = _regular_size(path)
+    if size > largest:
+        raise OSError(errno.EFBIG, f"larger than {largest:,} bytes", path)
+    with open(path, "rb", buffering=0) as file:
+        return file.read(size)
+
+
+def read_lines(path: str | os.PathLike, longest: int) -> Iterator[bytes]:
+    """Yield the lines of a regular file, each of at most `longest` bytes.
+
+    Raises OSError as `read_bytes` does.
+    """
+    _regular_size(path)
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(longest + 1), b""), 1):
+            if len(line) > longest:
+                said = f"line {number} is longer than {longest:,} bytes"
+                raise OSError(errno.EFBIG, said, path)
+            yield line
+
+
+def check_files(folder: str | os.PathLike) -> None:
+    """Check that a folder, for a library to read, has no named pipes or devices.
+
+    Raises UserError if it has: the library would wait for ever or fill the memory.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            odd = [e.name for e in entries if not (e.is_file() or e.is_dir())]
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from error
+    if odd:
+        raise UserError(
+            f"cannot read {folder}: {odd[0]} is not a regular file; take it out"
+        )
+
+
+def _regular_size(path: str | os.PathLike) -> int:
     try:
         found = os.stat(path)
     except ValueError:  # a name with "\0" or that the file system can't encode
@@ -27,11 +66,7 @@ def read_bytes(path: str | os.PathLike, largest: int) -> bytes:
         raise OSError(errno.EISDIR, "it is a directory", path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)
-    if found.st_size > largest:
-        said = f"larger than {largest:,} bytes"
-        raise OSError(errno.EFBIG, said, path)
-    with open(path, "rb", buffering=0) as file:
-        return file.read(found.st_size)
+    return found.st_size
 
 
 def read_json(
