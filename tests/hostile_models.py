@@ -388,7 +388,7 @@ def of_an_export() -> dict[str, Case]:
         ),
         "tokenizer a pipe": (
             unsealed(fifo("tokenizer/special_tokens_map.json")),
-            "special_tokens_map.json is no regular file",
+            "special_tokens_map.json is not a regular file",
         ),
         "tokenizer of 1 TB": (
             unsealed(sparse("tokenizer/tokenizer_config.json", 10**12)),

@@ -1,6 +1,8 @@
 """The tokenizer: CLIP's layout, encoding, training, saving, and what goes wrong."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -59,6 +61,29 @@ def test_too_long_is_cut_with_a_warning(small):
         tokens = small.encode(["xyz " * 20], 8)
     assert tokens[0, -1] == small.eot and (tokens[0, :-1] != small.eot).all()
     small.encode(["xyz " * 20], 8, warn=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["red circle " * 10**6, "a" * 10**7, "red" + " \n" * 10**6, "😀" * 10**6]
+)
+def test_a_book_is_encoded_at_once_and_as_its_beginning(small, text):
+    start = time.perf_counter()
+    tokens = small.encode([text], 16, warn=False)
+    assert time.perf_counter() - start < 1
+    np.testing.assert_array_equal(tokens, small.encode([text[:400]], 16, warn=False))
+
+
+def test_half_of_a_character_is_refused(small):
+    with pytest.raises(UserError, match=r"^'a .ud83d' is not valid Unicode: '.ud83d'"):
+        small.encode(["a", "a \ud83d"], 16)
+
+
+def test_a_folder_with_a_pipe(small, tmp_path):
+    small.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer.json is not a regular file"):
+        tokenizer.load(tmp_path)
 
 
 def test_training_learns_words_and_ignores_order(small):

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.files import check_files
 
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 SMALLEST = 512 + len(SPECIALS)
@@ -52,6 +53,7 @@ class Tokenizer:
         self.sot: int = wrapped.bos_token_id
         self.eot: int = wrapped.eos_token_id
         self.pad: int = wrapped.pad_token_id
+        self._longest = max(map(len, self._backend.get_vocab()))  # of a token
 
     def encode(
         self, texts: Sequence[str], context_length: int, warn: bool = True
@@ -59,11 +61,12 @@ class Tokenizer:
         """Start token, text, end token, then padding.
 
         A text that is too long is cut so that the end token still fits, with a warning
-        unless told otherwise.
+        unless told otherwise. Raises UserError for a text that is not valid Unicode.
         """
         tokens = np.full((len(texts), context_length), self.pad, np.int32)
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        for row, text, encoding in zip(tokens, texts, encodings, strict=True):
+        begun = [self._beginning(text, context_length) for text in texts]
+        encodings = self._backend.encode_batch(begun, add_special_tokens=False)
+        for row, text, encoding in zip(tokens, begun, encodings, strict=True):
             ids = [self.sot, *encoding.ids[: context_length - 2], self.eot]
             row[: len(ids)] = ids
             if warn and len(encoding.ids) > context_length - 2:
@@ -88,6 +91,20 @@ class Tokenizer:
                 "tokenizer that it was trained with"
             )
 
+    def _beginning(self, text: str, context_length: int) -> str:
+        """Return a text without what is far beyond its first `context_length` tokens.
+
+        To encode a book would take minutes.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            said = f"{error.object[error.start]!r} is half of a character"
+            raise UserError(f"{text[:60]!r} is not valid Unicode: {said}") from None
+        # A token and the space before it; normalization may shorten a text fourfold.
+        most = 4 * (self._longest + 1) * context_length
+        return text if len(text) <= most else " ".join(text.split())[:most]
+
     def lengths(
         self, tokens: Int32[np.ndarray, "n context_length"]
     ) -> Int32[np.ndarray, " n"]:
@@ -109,10 +126,11 @@ def load(path: str | os.PathLike) -> Tokenizer:
     Raises UserError if there is none.
     """
     local = Path(path).is_dir()
-    if local:
-        _check_sizes(Path(path))
     if not local and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(path)):
         raise UserError(f"there is no folder {path} to load a tokenizer from")
+    if local:
+        check_files(path)
+        _check_sizes(Path(path))
     try:
         wrapped = import_transformers().CLIPTokenizer.from_pretrained(str(path))
     # A damaged file surfaces as nearly any exception, the hub's as OSError.
@@ -137,11 +155,9 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 
 def _check_sizes(folder: Path) -> None:
-    """Raise a UserError if a file would fill the memory, or has no end."""
+    """Raise a UserError if a file would fill the memory."""
     for name in FILES:
         path = folder / name
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} is no regular file: copy the whole folder again")
         if path.is_file() and path.stat().st_size > LARGEST_FILE:
             raise UserError(
                 f"{path} has {path.stat().st_size:,} bytes: a tokenizer's has at most "
