@@ -47,11 +47,11 @@ def clip(pipeline):
 
 def assert_refused(folder, message):
     """One line that says it, in a moment."""
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(UserError, match=message) as error:
         hub.load(folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1500
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 10
 
 
 def parameters(cases):
