@@ -39,6 +39,8 @@ Accept = Callable[[str, dict[str, Any], tensors.Weights], None]
 
 FORMAT = 1
 LARGEST_CONFIG = 2**20  # bytes
+# CLIP's learned factor, which no tower alone has; OpenAI's ViT-L/14 is at this limit.
+LOGIT_SCALE = np.float32(math.log(100.0))
 BUNDLED = Path(__file__).parent / "assets"  # the model that ships
 
 
@@ -195,9 +197,7 @@ def merge(models: Sequence[Export]) -> Export:
                     continue
                 if not new & have:
                     section = _join(parts[name], section)
-                    # It is with no tower alone, and OpenAI's is at this limit.
-                    scale = {"logit_scale": np.float32(math.log(100))}
-                    tree = {**params[name], **tree, **scale}
+                    tree = {**params[name], **tree, "logit_scale": LOGIT_SCALE}
             parts[name], params[name] = section, tree
         statistics |= model.statistics
         text = model.tokenizer_dir or text

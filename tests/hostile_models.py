@@ -474,6 +474,7 @@ def of_a_clip() -> dict[str, Case]:
             indexed({"a": "../../etc/passwd"}),
             f"{index} names the file '../../etc/passwd': must be one beside it",
         ),
+        "an index of its parent": (indexed({"a": ".."}), "must be one beside it"),
         "an absolute index": (indexed({"a": "/etc/passwd"}), "must be one beside it"),
         "an index of numbers": (indexed({"a": 3}), "names the file 3: must be one"),
         "an index of nothing": (indexed({}), f"{index} is damaged"),

@@ -132,7 +132,7 @@ def _read_clip(
     found = [("", find(path))]
     if has_images:
         vision = _config(folder / "image_encoder")
-        given = {"logit_scale": np.array(openai_clip.LOGIT_SCALE, np.float32)}
+        given = {"logit_scale": np.asarray(checkpoint.LOGIT_SCALE)}
         found.append(("", find(folder / "image_encoder")))
         found.append(("", weights.of(folder, given)))
     with build.describing(path / "config.json"):

@@ -7,7 +7,6 @@ tokenizer.
 """
 
 import argparse
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,6 @@ VISION_DEFAULTS = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-# The learned factor of similarities is in no folder of one tower; in OpenAI's ViT-L/14
-# it is at its limit.
-LOGIT_SCALE = math.log(100.0)
 # Ours by the names of transformers, some of which are one function.
 _ACTIVATIONS = {
     "gelu": "gelu",

@@ -1,7 +1,7 @@
-"""Reads the weights that lie in a folder of transformers or diffusers.
+"""The weights in a folder of transformers or diffusers.
 
-Each of them is one file or several with an index, of safetensors or a pickle, and may
-be one of several variants:
+They are one file, or several with an index, of safetensors or pickles, and a folder may
+hold several variants of them:
 
     model.safetensors                           model.fp16.safetensors
     model.safetensors.index.json                model.safetensors.index.fp16.json
@@ -102,15 +102,14 @@ def choose(names: Iterable[str], variant: str | None = None) -> list[str]:
 
 
 def variants(names: Iterable[str]) -> list[str]:
-    """Return the variants that the names of files tell of, without duplicates."""
+    """Return the variants that are in the names of files, each once."""
     files = [parse(name) for name in names]
     return sorted({file.variant for file in files if file is not None} - {""})
 
 
 def check_variant(where: Any, paths: Iterable[str], variant: str) -> None:
     """Raise a UserError if none of the files of a model is of that variant."""
-    files = [parse(path.rpartition("/")[2]) for path in paths]
-    found = sorted({file.variant for file in files if file is not None} - {""})
+    found = variants(path.rpartition("/")[2] for path in paths)
     if variant not in found:
         raise UserError(
             f"{where} has no weights of the variant {short(variant)}: it has "
@@ -156,13 +155,13 @@ def read_config(
 
 
 def of(where: Path, arrays: Mapping[str, np.ndarray]) -> Weights:
-    """Arrays that are there already, as if they had been found."""
+    """Return arrays in memory as weights."""
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     return Weights(where, shapes, arrays.__getitem__)
 
 
 def join(where: Path, parts: Iterable[tuple[str, Weights]]) -> Weights:
-    """Several as one: (prefix of all its names, weights) of each."""
+    """Return several weights as one; each comes with a prefix of its names."""
     homes = {
         f"{prefix}{name}": (found, name)
         for prefix, found in parts
@@ -178,10 +177,10 @@ def join(where: Path, parts: Iterable[tuple[str, Weights]]) -> Weights:
 
 
 def caster(dtype: str | None) -> Callable[[np.ndarray], np.ndarray]:
-    """Casts arrays to a dtype by its name, or leaves them as they are.
+    """Return what casts arrays to a dtype, or for None leaves them as they are.
 
     Raises:
-      UserError: it is no dtype of weights.
+      UserError: the dtype is not one of DTYPES.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
@@ -198,7 +197,7 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weights, dict) or not weights:
         raise UserError(f"{index} is damaged: weight_map must be an object of names")
     for name in weights.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
             raise UserError(
                 f"{index} names the file {short(name)}: must be one beside it, of "
                 "letters, digits and . _ -"

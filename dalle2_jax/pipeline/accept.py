@@ -102,14 +102,19 @@ def _check_conditions(model: models.Model) -> None:
         part = getattr(model, name)
         if part is None:
             continue
+        if clip.text_width is None:
+            raise UserError(
+                f"{model.path}: {name} needs CLIP's text tower, and there is only its "
+                "image tower: load the text tower, too"
+            )
         for key, value in made.items():
             read = getattr(part.network, key)
-            if value is not None and read != value:
+            if read != value:
                 raise UserError(
                     f"{model.path}: {name} has {key}={read} and CLIP {value}: load "
                     "parts that were trained with one CLIP"
                 )
-    if model.tokenizer is not None and clip.vocab_size is not None:
+    if model.tokenizer is not None and clip.text_width is not None:
         model.tokenizer.check(clip.vocab_size, clip.eot, model.path)
 
 
