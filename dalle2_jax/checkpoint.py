@@ -96,10 +96,9 @@ def copy(
     with _replacing(directory) as new:
         shutil.copytree(model, new, dirs_exist_ok=True)
         if dtype is not None:
-            found = load(model)
+            found = load(model, place=lambda array: tensors.cast(array, dtype))
             for name, params in found.params.items():
-                cast = jax.tree.map(lambda x: x.astype(dtype), params)
-                _save(new / f"{name}.safetensors", cast)
+                _save(new / f"{name}.safetensors", params)
             _write_config(new, found.config)
 
 

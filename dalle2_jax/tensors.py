@@ -87,21 +87,23 @@ def is_finite(array: np.ndarray) -> bool:
     bits = _EXPONENTS.get(flat.dtype)
     if bits is None:
         return all(np.isfinite(chunk).all() for chunk in chunks)
-    mask = np.uint16(bits)  # ten times as fast as isfinite is here
+    mask = np.uint16(bits)  # four times as fast as isfinite is here
     return all(((chunk.view(np.uint16) & mask) != mask).all() for chunk in chunks)
 
 
-def place(put: Callable[[np.ndarray], Any], array: np.ndarray, name: str, where: Any):
-    """Call `put` with an array; UserError if a number is beyond the dtype it casts to.
+def place(
+    put: Callable[[np.ndarray], Any], array: np.ndarray, name: str, where: Any
+) -> Any:
+    """Return what `put` makes of an array.
 
-    Such a number would be infinite. `put` raises OverflowError for it.
+    Raises:
+      UserError: `put` has raised OverflowError, as `cast` does.
     """
     try:
         return put(array)
     except OverflowError as error:
         raise UserError(
-            f"{where}: {name} holds numbers beyond {error}: load it as bfloat16 or "
-            "float32"
+            f"{where}: {name} holds numbers beyond {error}: take bfloat16 or float32"
         ) from error
 
 

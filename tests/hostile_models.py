@@ -127,6 +127,7 @@ def unsealed(spoil: Callable[[Path], None]):
 
 
 BAD_NUMBERS = (10**12, 10**30, -1, True, "8", [8], None, {}, 1e308, 0.5)
+RARE = (10**30, [8], None, {}, 1e308, 0.5, [], [0], [1, 2, 3])
 
 
 def of_an_export() -> dict[str, Case]:

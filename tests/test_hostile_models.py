@@ -55,7 +55,14 @@ def assert_refused(folder, message):
 
 
 def parameters(cases):
-    return [pytest.param(*case, id=name) for name, case in cases.items()]
+    """The cases; of those with many values most run only with -m slow."""
+    rare = tuple(f" {value!r}" for value in hostile_models.RARE)
+    return [
+        pytest.param(
+            *case, id=name, marks=[pytest.mark.slow] if name.endswith(rare) else []
+        )
+        for name, case in cases.items()
+    ]
 
 
 @pytest.mark.parametrize("spoil, message", parameters(hostile_models.of_an_export()))

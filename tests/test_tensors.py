@@ -37,7 +37,7 @@ def test_what_is_beyond_a_dtype_is_told():
     )
     with pytest.raises(OverflowError, match="^float16$"):
         tensors.cast(array, np.float16)
-    message = "model: a/b holds numbers beyond float16: load it as bfloat16 or float32"
+    message = "model: a/b holds numbers beyond float16: take bfloat16 or float32"
     with pytest.raises(UserError, match=message):
         tensors.place(lambda x: tensors.cast(x, np.float16), array, "a/b", "model")
 
