@@ -3,7 +3,7 @@
 A run's checkpoints hold the whole TrainState and are read only to resume it. A model is
 a directory with everything that sampling needs, and nothing pickled:
 
-    config.json                  {"format": 1, "parts": {NAME: {...}}, ...}
+    config.json                  {"format": 1, "parts": {NAME: {...}}, "sha256": {...}}
     NAME.safetensors             the params of one part, named "a/b/kernel"
     tokenizer/
     statistics.safetensors       for instance mean and deviation of the embeddings
@@ -12,6 +12,8 @@ a directory with everything that sampling needs, and nothing pickled:
 import contextlib
 import hashlib
 import json
+import math
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,16 +24,23 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dalle2_jax.errors import UserError, first_line
+from dalle2_jax import tensors
+from dalle2_jax.errors import UserError, cut, first_line, short
+from dalle2_jax.files import read_json
 
 # What is done with each param as it is read, so that no more than one lies around: it
-# may be cast and put onto a device.
+# may be cast and put onto a device. Raises OverflowError if the cast makes infinities.
 Place = Callable[[np.ndarray], Any]
+# Called with a part's name, section and weights before these are read; raises a
+# UserError if they make no network.
+Accept = Callable[[str, dict[str, Any], tensors.Weights], None]
 
 FORMAT = 1
+LARGEST_CONFIG = 2**20  # bytes
+# CLIP's learned factor, which no tower alone has; OpenAI's ViT-L/14 is at this limit.
+LOGIT_SCALE = np.float32(math.log(100.0))
 BUNDLED = Path(__file__).parent / "assets"  # the model that ships
 
 
@@ -65,14 +74,13 @@ def export(
         UserError: something else is in the way, or the directory can't be written.
     """
     with _replacing(directory) as new:
-        text = json.dumps({**config, "format": FORMAT}, indent=2)
-        (new / "config.json").write_text(text + "\n")
         for name, tree in params.items():
             _save(new / f"{name}.safetensors", tree)
         if statistics:
             _save(new / "statistics.safetensors", statistics)
         if tokenizer is not None:
             tokenizer.save(new / "tokenizer")
+        _write_config(new, config)
 
 
 def copy(
@@ -88,26 +96,31 @@ def copy(
     with _replacing(directory) as new:
         shutil.copytree(model, new, dirs_exist_ok=True)
         if dtype is not None:
-            for name, params in load(model).params.items():
-                cast = jax.tree.map(lambda x: x.astype(dtype), params)
-                _save(new / f"{name}.safetensors", cast)
+            found = load(model, place=lambda array: tensors.cast(array, dtype))
+            for name, params in found.params.items():
+                _save(new / f"{name}.safetensors", params)
+            _write_config(new, found.config)
 
 
 def load(
     directory: str | Path,
     place: Place = np.asarray,
     only: Sequence[str] | None = None,
+    accept: Accept | None = None,
 ) -> Export:
-    """Reads what `export` wrote.
+    """Read what `export` wrote.
 
     Args:
         directory: the model.
         place: called with each param, not with statistics; numpy's arrays stay by
             default.
         only: the parts to read; None for all.
+        accept: called for every part before the first is read.
 
     Raises:
-        UserError: the directory is not a model, a file is missing or can't be read.
+        UserError: the directory is not a model, a file is missing, can't be read or has
+            other bytes than were written, or a param is not finite. Models of version
+            0.1 have no checksums and are read without.
     """
     directory = Path(directory).expanduser()
     path = directory / "config.json"
@@ -116,35 +129,59 @@ def load(
             f"{directory} is not a model: it has no config.json "
             "(train.py leaves one in WORKDIR/model)"
         )
-    try:
-        config = _tuples(json.loads(path.read_text()))
-        version, parts = config["format"], dict(config["parts"])
-    except (ValueError, KeyError, TypeError) as error:
+    config = _tuples(read_json(path, LARGEST_CONFIG))
+    parts, checksums = config.get("parts"), config.pop("sha256", {})
+    if "format" not in config or not all(
+        isinstance(value, dict) for value in (parts, checksums)
+    ):
         raise UserError(
-            f"{path} is not the config of a model of this package ({error!r})"
-        ) from error
-    if version != FORMAT:
-        raise UserError(
-            f"{directory} has format {version}, this version of dalle2_jax reads "
-            f"format {FORMAT}: update dalle2_jax or export the model again"
+            f"{path} is not the config of a model of this package: it needs format, "
+            "and parts and sha256 must be objects"
         )
-    names = [name for name in parts if only is None or name in only]
-    tokenizer_dir = directory / "tokenizer"
+    if config["format"] != FORMAT:
+        raise UserError(
+            f"{directory} has format {short(config['format'])}, this version of "
+            f"dalle2_jax reads format {FORMAT}: update dalle2_jax or export the model "
+            "again"
+        )
+    for name, section in parts.items():
+        if not re.fullmatch(r"\w+", name) or not isinstance(section, dict):
+            raise UserError(
+                f"{path}: the part {short(name)} must be an object, and its name of "
+                "letters, digits and _"
+            )
+    if only is not None:
+        for name in parts.keys() - set(only):
+            checksums.pop(f"{name}.safetensors", None)
+        parts = {name: parts[name] for name in parts if name in only}
+    found = {
+        name: tensors.open_safetensors(directory / f"{name}.safetensors")
+        for name in parts
+    }
+    if accept is not None:
+        for name, section in parts.items():
+            accept(name, section, found[name])
+    tensors.verify(directory, checksums)
     statistics = directory / "statistics.safetensors"
+    tokenizer_dir = directory / "tokenizer"
     return Export(
-        config={**config, "parts": {name: parts[name] for name in names}},
-        params={
-            name: _load(directory / f"{name}.safetensors", place) for name in names
-        },
+        config={**config, "parts": parts},
+        params={name: _read(weights, place) for name, weights in found.items()},
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
-        statistics=_load(statistics) if statistics.exists() else {},
+        statistics=_read(tensors.open_safetensors(statistics))
+        if statistics.exists()
+        else {},
     )
 
 
 def merge(models: Sequence[Export]) -> Export:
-    """Puts models together; of parts that several have, the last is taken.
+    """Put models together; of parts that several have, the last is taken.
 
-    But a CLIP with both towers goes before one that has only the text's.
+    But a CLIP with both towers goes before one that has only one of them, and two CLIPs
+    of one tower each make one with both.
+
+    Raises:
+        UserError: their towers have embeddings of different dimensions.
     """
     parts: dict[str, Any] = {}
     params: dict[str, Any] = {}
@@ -152,13 +189,41 @@ def merge(models: Sequence[Export]) -> Export:
     text = None
     for model in models:
         for name, section in model.config["parts"].items():
-            net = section["net"]
-            if name == "clip" and name in parts and net.get("image_size") is None:
-                continue
-            parts[name], params[name] = section, model.params[name]
+            tree = model.params[name]
+            if name == "clip" and name in parts:
+                have, new = _towers(parts[name]), _towers(section)
+                if new < have:
+                    continue
+                if not new & have:
+                    section = _join(parts[name], section)
+                    tree = {**params[name], **tree, "logit_scale": LOGIT_SCALE}
+            parts[name], params[name] = section, tree
         statistics |= model.statistics
         text = model.tokenizer_dir or text
     return Export({"parts": parts}, params, text, statistics)
+
+
+def _towers(clip: Mapping[str, Any]) -> set[str]:
+    net = clip["net"]
+    keys = {"text": "text_width", "vision": "image_size"}
+    return {tower for tower, key in keys.items() if net.get(key) is not None}
+
+
+def _join(*clips: Mapping[str, Any]) -> dict[str, Any]:
+    """One CLIP of two that have a tower each."""
+    vision, text = (
+        clip["net"] for clip in sorted(clips, key=lambda x: "text" in _towers(x))
+    )
+    if vision["embed_dim"] != text["embed_dim"]:
+        raise UserError(
+            f"CLIP's image tower makes embeddings of dimension {vision['embed_dim']}, "
+            f"its text tower of {text['embed_dim']}: load towers of one CLIP"
+        )
+    net = {**vision, **text}
+    activation = vision.get("activation", text.get("activation"))
+    if activation != text.get("activation"):
+        net["vision_activation"] = activation
+    return {"net": net}
 
 
 def check(params: Any, abstract: Any, where: str | Path) -> None:
@@ -371,17 +436,27 @@ def _save(path: Path, tree: Mapping[str, Any]) -> None:
     path.chmod(0o644)  # safetensors leaves it to its owner alone
 
 
-def _load(path: Path, place: Place = np.asarray) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: copy or export the whole model again")
+def _read(weights: tensors.Weights, place: Place = np.asarray) -> dict[str, Any]:
+    params = {
+        name: tensors.place(place, weights.read(name), name, weights.where)
+        for name in weights.shapes
+    }
     try:
-        with safe_open(path, framework="numpy") as file:
-            params = {name: place(file.get_tensor(name)) for name in file.keys()}
         return unflatten_dict(params, sep="/")
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is truncated or damaged ({error}): copy or export it again"
-        ) from error
+    except (TypeError, LookupError, ValueError) as error:  # "a" beside "a/b"
+        raise UserError(f"{weights.where} has a name below that of a tensor") from error
+
+
+def _write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    """Write config.json, with the checksums of all the files that are there."""
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    checksums = {
+        path.relative_to(directory).as_posix(): tensors.sha256(path)
+        for path in sorted(paths)
+        if path.name != "config.json"
+    }
+    text = json.dumps({**config, "format": FORMAT, "sha256": checksums}, indent=2)
+    (directory / "config.json").write_text(text + "\n")
 
 
 def _tuples(value: Any) -> Any:
@@ -399,4 +474,4 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _some(names: Sequence[str], limit: int = 8) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(cut(name, 100) for name in names[:limit]) + more

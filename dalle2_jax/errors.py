@@ -1,5 +1,7 @@
 """The one exception that means "the user can fix this"."""
 
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a path, a config, a size.
@@ -10,5 +12,18 @@ class UserError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of another library says, short enough for a UserError."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return what an exception of another library says, short enough for a UserError.
+
+    Whatever it quotes of a file is cut, too.
+    """
+    return cut((str(error).strip() or type(error).__name__).splitlines()[0], 300)
+
+
+def short(value: Any) -> str:
+    """Return the repr of a value that may be of any length."""
+    return cut(repr(value), 60)
+
+
+def cut(text: str, limit: int) -> str:
+    """Return a text of at most ``limit`` characters."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

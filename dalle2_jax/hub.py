@@ -1,22 +1,23 @@
 """Models by path or by name: whatever their format, here or on the Hugging Face hub."""
 
+import glob
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dalle2_jax import checkpoint
+from dalle2_jax import checkpoint, tensors
 from dalle2_jax.convert import karlo, weights
 from dalle2_jax.errors import UserError, first_line
-from dalle2_jax.pipeline import models
+from dalle2_jax.pipeline import accept, models
 
-# What is fetched of a repository: never a copy of the weights in another format, or in
-# half precision. Pickles only where there is nothing else.
-FILES = ("*.json", "*.txt", "*.safetensors")
-PICKLES = ("*.bin",)
-COPIES = ("*.fp16.*", "*.non_ema.*", "*/.*")
+# What is fetched of every repository, but for hidden folders.
+CONFIGS = ("*.json", "*.txt")
+HIDDEN = ("*/.*", ".*")
 
 
 def load(
@@ -25,8 +26,9 @@ def load(
     offload: bool = False,
     tile: int | None = None,
     overlap: int | None = None,
+    variant: str | None = None,
 ) -> models.Model:
-    """Loads a model, replicated over all devices.
+    """Load a model, replicated over all devices.
 
     Weights are read one at a time and cast at once, so that memory holds no more than
     the model in ``dtype``, and one weight.
@@ -34,9 +36,10 @@ def load(
     Args:
       paths: of each a directory or a hub id: an exported model, a folder of a diffusers
         unCLIP pipeline ("kakaobrain/karlo-v1-alpha"), or of a transformers CLIPModel
-        ("openai/clip-vit-large-patch14"). None at all: the bundled model. Several are
-        put together, and of parts that more than one has the last is taken. But a CLIP
-        with both towers goes before one that has only the text's.
+        ("openai/clip-vit-large-patch14") or one tower of it with its projection. None
+        at all: the bundled model. Several are put together, and of parts that more than
+        one has the last is taken. But a CLIP with both towers goes before one that has
+        only one of them, and two of one tower each make one with both.
       dtype: of the params and the activations: "float32", "bfloat16" or "float16".
       offload: keep the params in the host's memory, and on the devices only those of
         the network that runs.
@@ -45,13 +48,16 @@ def load(
         and overlap are; a tile as large as the crops of its training loses nothing that
         an upsampler has learnt to use.
       overlap: of neighbouring tiles, in pixels; by default a quarter of a tile.
+      variant: which files of weights to read where a part has several, as "fp16"; by
+        default those without a variant, then the most precise.
 
     Raises:
-      UserError: a path is not a model and cannot be fetched, a file is damaged, or
-        names and shapes do not fit the networks that its config describes, or the
-        tiles do not fit its upsamplers.
+      UserError: a path is not a model and cannot be fetched, a file is damaged, a
+        number in it is not finite, names and shapes do not fit the networks that its
+        config describes, parts do not fit one another, or the tiles do not fit its
+        upsamplers.
     """
-    model = _load(paths or ("bundled",), dtype, offload, None)
+    model = _load(paths or ("bundled",), dtype, offload, None, variant)
     if tile is None:
         if overlap is not None:
             raise UserError(f"overlap={overlap}: give tile, too")
@@ -59,12 +65,16 @@ def load(
     return models.tiled(model, tile, tile // 4 if overlap is None else overlap)
 
 
-def load_clip(path: str | Path, *, dtype: str = "float32") -> models.Model:
-    """Loads CLIP alone, for `encode_text` and `encode_image`; of any of those formats.
+def load_clip(
+    path: str | Path, *, dtype: str = "float32", variant: str | None = None
+) -> models.Model:
+    """Load CLIP alone, for `encode_text` and `encode_image`; of any of those formats.
+
+    A folder of transformers may hold one tower with its projection.
 
     Args and Raises: see `load`.
     """
-    model = _load((path,), dtype, False, ("clip",))
+    model = _load((path,), dtype, False, ("clip",), variant)
     models.require(model, "clip")
     return model
 
@@ -77,11 +87,12 @@ def load_local_clip(
     Its params are float32, as those that stages read; `dtype` is of the activations.
     Args and Raises: see `load`.
     """
-    export = karlo.read_any(find(path), only=("clip",))
+    export = karlo.read_any(find(path), only=("clip",), accept=accept.part)
     devices = models.mesh(jax.local_devices())
     placed = jax.tree.map(models.placer(devices), export.params)
     whole = [(str(path), export._replace(params=placed))]
     model = models.assemble(whole, devices, jnp.dtype(dtype))
+    accept.whole(model)
     models.require(model, "tokenizer", "clip")
     return model, checkpoint.fingerprint(export.params["clip"])
 
@@ -91,41 +102,43 @@ def _load(
     dtype: str,
     offload: bool,
     only: Sequence[str] | None,
+    variant: str | None,
 ) -> models.Model:
     if dtype not in weights.DTYPES:
         raise UserError(f"dtype={dtype!r}: must be one of {', '.join(weights.DTYPES)}")
     devices = models.mesh()
-    place = models.placer(devices, jnp.dtype(dtype), offload)
-    exports = [(str(path), karlo.read_any(find(path), place, only)) for path in paths]
-    return models.assemble(exports, devices, jnp.dtype(dtype))
+    put = models.placer(devices, jnp.dtype(dtype), offload)
+
+    def place(array: np.ndarray) -> object:
+        return put(tensors.cast(array, jnp.dtype(dtype)))
+
+    def read(path: str | Path) -> checkpoint.Export:
+        return karlo.read_any(find(path, variant), place, only, variant, accept.part)
+
+    exports = [(str(path), read(path)) for path in paths]
+    model = models.assemble(exports, devices, jnp.dtype(dtype))
+    accept.whole(model)
+    return model
 
 
-def find(path: str | Path) -> Path:
-    """The directory of a model: itself, "bundled", or the hub's files of that name.
+def find(path: str | Path, variant: str | None = None) -> Path:
+    """Return the directory of a model: itself, "bundled", or the hub's files of a name.
+
+    Of each part the weights are fetched that `weights.choose` prefers, and no others.
 
     Raises:
       UserError: there is no such directory, and the hub has no such name, or can't be
-        reached and the files are not in its cache.
+        reached and the files are not in its cache; or no weights are of the variant.
     """
     if path == "bundled":
         return checkpoint.BUNDLED
     folder = Path(path).expanduser()
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return folder
-    from huggingface_hub import snapshot_download
-
-    def fetch(patterns: Sequence[str]) -> Path:
-        return Path(
-            snapshot_download(
-                str(path), allow_patterns=list(patterns), ignore_patterns=list(COPIES)
-            )
-        )
-
     try:
-        found = fetch(FILES)
-        if not any(found.rglob("*.safetensors")):
-            found = fetch(FILES + PICKLES)
-        return found
+        return _fetch(str(path), variant)
+    except UserError:
+        raise
     # It raises errors of its own, of the network's and of the file system's.
     except Exception as error:
         raise UserError(
@@ -133,3 +146,53 @@ def find(path: str | Path) -> Path:
             f"hub ({first_line(error)}): check the name and the connection, or "
             "download it elsewhere and give its directory"
         ) from error
+
+
+def _fetch(name: str, variant: str | None) -> Path:
+    import huggingface_hub as hf
+
+    try:
+        files = hf.list_repo_files(name)
+    except Exception as error:  # offline, for one
+        # What an earlier call has fetched always has the configs.
+        try:
+            return Path(
+                hf.snapshot_download(
+                    name,
+                    allow_patterns=list(CONFIGS),
+                    ignore_patterns=list(HIDDEN),
+                    local_files_only=True,
+                )
+            )
+        except Exception:
+            raise error from None
+    if variant is not None:
+        weights.check_variant(name, files, variant)
+    wanted = [glob.escape(file) for file in needed(files, variant)]
+    return Path(hf.snapshot_download(name, allow_patterns=wanted))
+
+
+def needed(files: Iterable[str], variant: str | None = None) -> list[str]:
+    """Return which files of a repository a model is made of.
+
+    Args:
+      files: their paths in the repository.
+      variant: see `load`.
+    """
+    folders = defaultdict(list)
+    for path in map(PurePosixPath, sorted(files)):
+        if not any(part.startswith(".") for part in path.parts):
+            folders[path.parent].append(path.name)
+    found = []
+    for folder, names in folders.items():
+        chosen = weights.choose(names, variant)
+        if not chosen and "model_index.json" not in names:
+            # Of a model of this package, whose files have their parts' names.
+            chosen = [name for name in names if name.endswith(".safetensors")]
+        configs = [
+            name
+            for name in names
+            if name.endswith((".json", ".txt")) and weights.parse(name) is None
+        ]
+        found += [str(folder / name) for name in (*configs, *chosen)]
+    return found

@@ -1,5 +1,6 @@
 """Exported models and a run's checkpoints: what goes in comes out, or a clear error."""
 
+import hashlib
 import json
 import re
 
@@ -136,7 +137,7 @@ def truncate(path, size):
     "name, size, message",
     [
         ("config.json", None, "is not a model: it has no config.json"),
-        ("config.json", 20, "config.json is not the config of a model"),
+        ("config.json", 20, "config.json is not valid JSON"),
         ("prior.safetensors", None, "prior.safetensors is missing: copy or export"),
         ("clip.safetensors", 0, "clip.safetensors is truncated or damaged"),
         ("clip.safetensors", 99, "clip.safetensors is truncated or damaged"),
@@ -158,10 +159,18 @@ def test_a_model_that_cannot_be_read(model, name, size, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", "3", '{"format": 1, "parts": 3}'])
-def test_a_config_of_something_else(model, text):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "must hold a JSON object"),
+        ("{}", "is not the config of a model"),
+        ("3", "must hold a JSON object"),
+        ('{"format": 1, "parts": 3}', "is not the config of a model"),
+    ],
+)
+def test_a_config_of_something_else(model, text, message):
     (model / "config.json").write_text(text)
-    with pytest.raises(UserError, match="config.json is not the config of a model"):
+    with pytest.raises(UserError, match=f"config.json {message}"):
         checkpoint.load(model)
 
 
@@ -294,3 +303,24 @@ def test_fingerprints_tell_names_shapes_and_values():
         checkpoint.fingerprint({"b": tree["b"], "c": tree["a"]}),
     ]
     assert prints[0] == prints[1] == prints[2] and len(set(prints)) == 4
+
+
+def test_checksums_of_an_export_are_those_of_its_files(model, tmp_path):
+    checkpoint.copy(model, tmp_path / "half", dtype="float16")
+    for folder in (model, tmp_path / "half"):
+        stored = json.loads((folder / "config.json").read_text())["sha256"]
+        files = {p for p in folder.rglob("*") if p.is_file()} - {folder / "config.json"}
+        assert {folder / name for name in stored} == files
+        for name, digest in stored.items():
+            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            assert digest == found
+    assert checkpoint.load(model, only=("prior",)).params.keys() == {"prior"}
+    (model / "clip.safetensors").unlink()  # is not looked at
+    assert checkpoint.load(model, only=("prior",)).params.keys() == {"prior"}
+
+
+def test_a_model_of_before_checksums_is_read(model):
+    config = json.loads((model / "config.json").read_text())
+    del config["sha256"]
+    (model / "config.json").write_text(json.dumps(config))
+    assert_equal(checkpoint.load(model).params, jax.device_get(PARAMS))

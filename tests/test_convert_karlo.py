@@ -223,11 +223,11 @@ def reshape(arrays):
             ),
             "prior/diffusion_pytorch_model.safetensors lacks clip_std",
         ),
-        (truncate, f"{WEIGHTS} is missing, truncated or damaged"),
-        (corrupt, f"{WEIGHTS} is missing, truncated or damaged"),
+        (truncate, f"{WEIGHTS} is truncated or damaged"),
+        (corrupt, f"{WEIGHTS} is truncated or damaged"),
         (
             lambda f: (f / "decoder/config.json").write_text("{"),
-            "decoder/config.json is damaged",
+            "decoder/config.json is not valid JSON",
         ),
         (
             lambda f: change_json(f / "decoder/config.json", act_fn="relu"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import dalle2_jax
 from dalle2_jax import checkpoint, hub
@@ -62,8 +63,8 @@ def test_no_more_than_one_param_is_read_ahead(karlo, monkeypatch):
     order = []
     find = weights.find
 
-    def watched(folder):
-        found = find(folder)
+    def watched(folder, variant):
+        found = find(folder, variant)
 
         def read(name):
             order.append("read")
@@ -76,60 +77,131 @@ def test_no_more_than_one_param_is_read_ahead(karlo, monkeypatch):
     assert order == ["read", "placed"] * 120
 
 
-def cache(root: Path, name: str, folder: Path) -> None:
-    """Lays a folder out as the hub's cache does."""
-    home = root / f"models--{name.replace('/', '--')}"
-    shutil.copytree(folder, home / "snapshots" / ("0" * 40))
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text("0" * 40)
+class Hub:
+    """Stands in for the hub: repositories are folders of a folder."""
 
+    def __init__(self, root, monkeypatch):
+        import huggingface_hub
 
-def test_a_name_on_the_hub_from_its_cache(karlo, tmp_path, monkeypatch):
-    import huggingface_hub
+        self.root, self.online, self.fetched = root, True, root.parent / "fetched"
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", self.list_repo_files)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
 
-    cache(tmp_path, "someone/tiny-karlo", karlo)
-    download = huggingface_hub.snapshot_download
+    def list_repo_files(self, name):
+        if not self.online:
+            raise OSError("no network")
+        folder = self.root / name
+        if not folder.exists():
+            raise OSError("404 Client Error\nRepository Not Found")
+        return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
 
-    def offline(name, **options):
-        return download(name, cache_dir=tmp_path, local_files_only=True, **options)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    assert dalle2_jax.load("someone/tiny-karlo").sizes == (8, 16)
-    assert dalle2_jax.load_clip("someone/tiny-karlo").path == "someone/tiny-karlo"
-    with pytest.raises(
-        UserError, match="someone/other is no directory here, and can't"
+    def download(
+        self, name, allow_patterns, ignore_patterns=(), local_files_only=False
     ):
+        from huggingface_hub.utils import filter_repo_objects
+
+        here = self.fetched / name
+        if local_files_only:
+            if not here.exists():
+                raise OSError("nothing in the cache")
+            return str(here)
+        files = sorted(self.list_repo_files(name))
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (here / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.root / name / file, here / file)
+        return str(here)
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    return Hub(tmp_path / "hub", monkeypatch)
+
+
+def test_a_name_on_the_hub(karlo, remote):
+    shutil.copytree(karlo, remote.root / "someone/tiny-karlo")
+    assert dalle2_jax.load("someone/tiny-karlo").sizes == (8, 16)
+    remote.online = False  # from the cache
+    assert dalle2_jax.load_clip("someone/tiny-karlo").path == "someone/tiny-karlo"
+    message = "someone/other is no directory here, and can't .*no network"
+    with pytest.raises(UserError, match=message):
+        dalle2_jax.load("someone/other")
+    remote.online = True
+    with pytest.raises(UserError, match="404 Client Error\\): check the name"):
         dalle2_jax.load("someone/other")
 
 
-def test_what_is_fetched(monkeypatch, tmp_path):
-    """Safetensors, and pickles only where there is nothing else."""
-    import huggingface_hub
+def test_each_part_has_its_weights_whatever_their_format(karlo, remote):
+    """Half precision only, several files, and beside them what is not to be fetched."""
+    repository = shutil.copytree(karlo, remote.root / "some/karlo")
+    names = ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16")
+    for part, variants in {"prior": names[1:], "decoder": names}.items():
+        whole = repository / part / f"{names[0]}.safetensors"
+        arrays = load_file(whole)
+        whole.unlink()
+        for variant in variants:
+            half = variant.endswith("16")
+            cast = {k: v.astype(np.float16) if half else v for k, v in arrays.items()}
+            save_file(cast, repository / part / f"{variant}.safetensors")
+    for junk in (
+        "decoder/diffusion_pytorch_model.bin",
+        "karlo.safetensors",
+        ".cache/model.safetensors",
+        "text_encoder/flax_model.msgpack",
+    ):
+        path = repository / junk
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    model = dalle2_jax.load("some/karlo")
+    want, have = leaves(dalle2_jax.load(karlo)), leaves(model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), want, have)
+    there = {str(p.relative_to(remote.fetched)) for p in remote.fetched.rglob("*.*")}
+    assert {name for name in there if "safetensors" in name or ".bin" in name} == {
+        "some/karlo/text_encoder/model.safetensors",
+        "some/karlo/prior/diffusion_pytorch_model.fp16.safetensors",
+        *(
+            f"some/karlo/{part}/diffusion_pytorch_model.safetensors"
+            for part in ("decoder", "text_proj", "super_res_first", "super_res_last")
+        ),
+    }
+    dalle2_jax.load("some/karlo", variant="fp16")
+    assert (
+        remote.fetched / "some/karlo/decoder/diffusion_pytorch_model.fp16.safetensors"
+    ).exists()
+    for path in ("some/karlo", repository):
+        with pytest.raises(UserError, match="of the variant 'fp8': it has fp16"):
+            dalle2_jax.load(path, variant="fp8")
 
-    files = {"a/model.safetensors", "a/model.fp16.safetensors", "a/model.bin"}
-    calls = []
 
-    def download(name, allow_patterns, ignore_patterns):
-        calls.append(allow_patterns)
-        chosen = huggingface_hub.utils.filter_repo_objects(
-            sorted(files),
-            allow_patterns=allow_patterns,
-            ignore_patterns=ignore_patterns,
-        )
-        for file in chosen:
-            path = tmp_path / file
-            path.parent.mkdir(exist_ok=True)
-            path.touch()
-        return str(tmp_path)
+def test_a_model_of_this_package_on_the_hub(karlo, remote):
+    karlo_main = [str(karlo), str(remote.root / "some/export")]
+    hub.karlo.main(karlo_main)
+    assert dalle2_jax.load("some/export").sizes == (8, 16)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    hub.find("some/model")
-    assert [p.name for p in tmp_path.glob("a/*")] == ["model.safetensors"]
-    shutil.rmtree(tmp_path / "a")
-    files.remove("a/model.safetensors")
-    hub.find("some/model")
-    assert [p.name for p in tmp_path.glob("a/*")] == ["model.bin"]
-    assert len(calls) == 3
+
+def test_what_is_fetched():
+    """Of each folder one choice, and of several kinds no copy."""
+    folder = {
+        "pickles alone": ["pytorch_model.bin", "tf_model.h5"],
+        "shards": [
+            "pytorch_model.bin.index.json",
+            "pytorch_model-00001-of-00002.bin",
+            "pytorch_model-00002-of-00002.bin",
+            "pytorch_model.fp16.bin",
+        ],
+        "both": ["model.safetensors", "pytorch_model.bin", "open_clip_model.bin"],
+        "both, with another": ["model.safetensors", "open_clip_model.safetensors"],
+        "ours": ["clip.safetensors", "prior.safetensors", "statistics.safetensors"],
+    }
+    wanted = {
+        "pickles alone": ["pytorch_model.bin"],
+        "shards": folder["shards"][:3],
+        "both": ["model.safetensors"],
+        "both, with another": ["model.safetensors"],
+        "ours": folder["ours"],
+    }
+    for name, files in folder.items():
+        found = hub.needed(["config.json", "README.md", "vocab.json", *files])
+        assert sorted(found) == sorted(["config.json", "vocab.json", *wanted[name]])
 
 
 def test_the_cache_is_not_asked_for_what_is_a_path(tmp_path):

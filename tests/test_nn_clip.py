@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dalle2_jax.convert.openai_clip import clip_table
+from dalle2_jax.nn import abstract
 from dalle2_jax.nn.clip import CLIP, cosine
 from tests.golden import peer
 
@@ -180,3 +181,39 @@ def test_the_stem_is_torchs_convolutions():
 def test_cosine():
     a, b = jnp.asarray([[1.0, 0.0], [2.0, 2.0]]), jnp.asarray([[0.0, 3.0], [1.0, 1.0]])
     np.testing.assert_allclose(cosine(a, b), [0.0, 1.0], atol=1e-6)
+
+
+def test_each_tower_has_its_own_activation_and_epsilon(params):
+    """What is given for one changes nothing of the other."""
+
+    def embeddings(**values):
+        apply = jax.jit(CLIP(**TINY, **values).apply)
+        return apply({"params": params}, IMAGE, padded(1, 2, 3))[:2]
+
+    before = embeddings()
+    for values, same in (
+        ({"vision_activation": "relu", "text_eps": 0.0}, [False, False]),
+        ({"activation": "gelu_new", "vision_activation": "gelu"}, [True, False]),
+        ({"vision_eps": 0.1}, [False, True]),
+    ):
+        after = embeddings(**values)
+        assert [
+            bool((a == b).all()) for a, b in zip(after, before, strict=True)
+        ] == same
+
+
+def test_one_tower_alone(params):
+    text = {
+        k: v for k, v in TINY.items() if not k.startswith(("image", "patch", "vis"))
+    }
+    vision = {k: v for k, v in TINY.items() if k not in text or k == "embed_dim"}
+    whole = both(params, IMAGE, padded(1, 2))
+    for at, arguments, given, kept in (
+        (0, vision, (IMAGE, None), "vision"),
+        (1, text, (None, padded(1, 2)), "text"),
+    ):
+        network = CLIP(**arguments)
+        assert abstract(network).keys() == {kept}
+        found = jax.jit(network.apply)({"params": {kept: params[kept]}}, *given)
+        np.testing.assert_allclose(found[at], whole[at], rtol=1e-5, atol=1e-6)
+        assert found[1 - at] is None and found[2] is None

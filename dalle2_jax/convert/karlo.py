@@ -11,7 +11,6 @@ diffusers' pipelines load.
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,21 +19,22 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from dalle2_jax import checkpoint
+from dalle2_jax import checkpoint, tensors
 from dalle2_jax.convert import karlo_config as configs
 from dalle2_jax.convert import karlo_names as names
 from dalle2_jax.convert import openai_clip, table, weights
 from dalle2_jax.data import tokenizer
-from dalle2_jax.errors import UserError
+from dalle2_jax.diffusion import settings
+from dalle2_jax.errors import UserError, short
+from dalle2_jax.nn import build
 from dalle2_jax.nn.clip import CLIP
 from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.nn.unet import UNet
 
 TEXT_TO_IMAGE, VARIATION = "UnCLIPPipeline", "UnCLIPImageVariationPipeline"
-# CLIP's learned factor is in no such folder; in OpenAI's ViT-L/14 it is at its limit.
-_LOGIT_SCALE = math.log(100.0)
 
+Find = Callable[[Path], tensors.Weights]
 Made = tuple[dict[str, Any], Any]  # a part's section of config.json, and its params
 # A component of diffusers: its folder's name, its config, and its weights, if any.
 Component = tuple[str, dict[str, Any], dict[str, np.ndarray] | None]
@@ -47,44 +47,48 @@ def read(
     folder: str | Path,
     place: checkpoint.Place = np.asarray,
     only: Sequence[str] | None = None,
+    variant: str | None = None,
 ) -> checkpoint.Export:
-    """A pipeline's folder as a model of this package.
+    """Read a pipeline's folder as a model of this package.
 
     Args:
       folder: what diffusers' UnCLIPPipeline or UnCLIPImageVariationPipeline saves.
       place: called with each param as it is read.
       only: the parts to read, as "clip"; None for all.
+      variant: of the weights, as "fp16", where a part has several (see weights.choose).
 
     Raises:
       UserError: a network or file is missing or damaged, or weights do not fit.
     """
     folder = Path(folder)
-    path = folder / "model_index.json"
-    index = weights.read_json(path)
+    name = "model_index.json"
+    index = _config(folder, name=name)
     if index.get("_class_name") not in (TEXT_TO_IMAGE, VARIATION):
         raise UserError(
-            f"{path} is for {index.get('_class_name')!r}: must be {TEXT_TO_IMAGE!r} or "
-            f"{VARIATION!r}"
+            f"{folder / name} is for {short(index.get('_class_name'))}: must be "
+            f"{TEXT_TO_IMAGE!r} or {VARIATION!r}"
         )
-    listed = [name for name in index if not name.startswith("_")]
+    # Of what such a folder holds: no other name in the file is taken for a path.
+    listed = [name for name in configs.CLASSES if name in index]
     for name in listed:
         if not (folder / name).is_dir():
             raise UserError(f"{folder} has no {name}, which its model_index.json lists")
-    size = _config(folder / "super_res_first", "sample_size")["sample_size"]
+    find = partial(weights.find, variant=variant)
+    size = _size(folder / "super_res_first")
     parts: dict[str, Callable[[], Made]] = {
-        "clip": partial(_read_clip, folder, "image_encoder" in listed, place),
-        "decoder": partial(_read_decoder, folder, place),
-        f"upsampler_{size}": partial(_read_upsampler, folder, "first", place),
-        f"upsampler_{size}_last": partial(_read_upsampler, folder, "last", place),
+        "clip": partial(_read_clip, folder, "image_encoder" in listed, place, find),
+        "decoder": partial(_read_decoder, folder, place, find),
+        f"upsampler_{size}": partial(_read_upsampler, folder, "first", place, find),
+        f"upsampler_{size}_last": partial(_read_upsampler, folder, "last", place, find),
     }
     if "prior" in listed:
-        parts["prior"] = partial(_read_prior, folder, place)
+        parts["prior"] = partial(_read_prior, folder, place, find)
     made = {k: make() for k, make in parts.items() if only is None or k in only}
     return checkpoint.Export(
         config={"parts": {name: section for name, (section, _) in made.items()}},
         params={name: params for name, (_, params) in made.items()},
         tokenizer_dir=folder / "tokenizer",
-        statistics=_read_statistics(folder) if "prior" in made else {},
+        statistics=_read_statistics(folder, find) if "prior" in made else {},
     )
 
 
@@ -92,55 +96,61 @@ def read_any(
     folder: str | Path,
     place: checkpoint.Place = np.asarray,
     only: Sequence[str] | None = None,
+    variant: str | None = None,
+    accept: checkpoint.Accept | None = None,
 ) -> checkpoint.Export:
-    """A model in any format: of a pipeline, of a CLIPModel, or of this package.
+    """Read a model in any format: of a pipeline, of a CLIP, or of this package.
 
-    Args and Raises: see `read` and `checkpoint.load`.
+    Args:
+      folder, place, only, variant: see `read`.
+      accept: see `checkpoint.load`, for a model of this package.
+
+    Raises:
+      UserError: see `read`; or no weights are of that variant.
     """
     folder = Path(folder)
+    if variant is not None:
+        folders = [folder, *(folder / name for name in configs.CLASSES)]
+        names = [p.name for f in folders if f.is_dir() for p in f.iterdir()]
+        weights.check_variant(folder, names, variant)
     if (folder / "model_index.json").is_file():
-        return read(folder, place, only)
+        return read(folder, place, only, variant)
     config = folder / "config.json"
-    if config.is_file() and "model_type" in weights.read_json(config):
-        return openai_clip.read(folder, place)
-    return checkpoint.load(folder, place, only)
+    if config.is_file() and "model_type" in weights.read_config(folder):
+        return openai_clip.read(folder, place, variant)
+    return checkpoint.load(folder, place, only, accept)
 
 
-def _config(folder: Path, *needed: str, name: str = "config.json") -> dict[str, Any]:
-    """A component's config, which must have the keys that are needed."""
-    config = weights.read_json(folder / name)
-    for key in needed:
-        if key not in config:
-            raise UserError(f"{folder / name} lacks the key {key}")
-    return config
+_config = weights.read_config
 
 
-def _read_clip(folder: Path, has_images: bool, place: checkpoint.Place) -> Made:
-    transformers = tokenizer.import_transformers()
-    # Whole configs: transformers fills in what a file leaves out.
-    text = _config(folder / "text_encoder")
-    text = transformers.CLIPTextConfig.from_dict(text).to_dict()
-    found = [("", weights.find(folder / "text_encoder"))]
-    vision = None
+def _read_clip(
+    folder: Path, has_images: bool, place: checkpoint.Place, find: Find
+) -> Made:
+    path = folder / "text_encoder"
+    text, vision = _config(path), None
+    found = [("", find(path))]
     if has_images:
         vision = _config(folder / "image_encoder")
-        vision = transformers.CLIPVisionConfig.from_dict(vision).to_dict()
-        given = {"logit_scale": np.array(_LOGIT_SCALE, np.float32)}
-        found.append(("", weights.find(folder / "image_encoder")))
+        given = {"logit_scale": np.asarray(checkpoint.LOGIT_SCALE)}
+        found.append(("", find(folder / "image_encoder")))
         found.append(("", weights.of(folder, given)))
-    net = openai_clip.towers_net(text, vision)
-    network = CLIP(**net)
+    with build.describing(path / "config.json"):
+        net = openai_clip.towers_net(text, vision)
+    joined = weights.join(path, found)
+    network = build.build(CLIP, net, joined.shapes, str(path / "config.json"))
     params = table.to_ours(
         openai_clip.clip_table(network),
         network,
-        weights.join(folder / "text_encoder", found),
+        joined,
         place=place,
         ignore=openai_clip.BUFFERS,
     )
     return {"net": net}, params
 
 
-def _read_prior(folder: Path, place: checkpoint.Place) -> Made:
+def _read_prior(folder: Path, place: checkpoint.Place, find: Find) -> Made:
+    path, found = folder / "prior/config.json", find(folder / "prior")
     config = _config(
         folder / "prior",
         "num_attention_heads",
@@ -149,26 +159,27 @@ def _read_prior(folder: Path, place: checkpoint.Place) -> Made:
         "embedding_dim",
         "num_embeddings",
     )
-    net = configs.prior_net(config)
-    network = DiffusionPrior(**net)
-    configs.check(folder / "prior/config.json", config, configs.prior_config(network))
+    with build.describing(path):
+        net = configs.prior_net(config)
+    network = build.build(DiffusionPrior, net, found.shapes, str(path))
+    configs.check(path, config, configs.prior_config(network))
     params = table.to_ours(
         names.prior_table(network.layers),
         network,
-        weights.find(folder / "prior"),
+        found,
         place=place,
         leading=names.PRIOR_LEADING,
         ignore=names.PRIOR_STATISTICS,
     )
     # Steps and guidance are the defaults of the pipelines, here and below.
-    settings = _settings(folder / "prior_scheduler", 25, 4.0)
-    settings["sampling"] |= {"candidates": 1, "variance": None, "last_std": 0.0}
-    return {"net": net, **settings}, params
+    sections = _settings(folder / "prior_scheduler", 25, 4.0)
+    sections["sampling"] |= {"candidates": 1, "variance": None, "last_std": 0.0}
+    return {"net": net, **sections}, params
 
 
-def _read_statistics(folder: Path) -> dict[str, np.ndarray]:
+def _read_statistics(folder: Path, find: Find) -> dict[str, np.ndarray]:
     """Mean and deviation of the embeddings, which lie among the prior's weights."""
-    found, statistics = weights.find(folder / "prior"), {}
+    found, statistics = find(folder / "prior"), {}
     for theirs, ours in names.PRIOR_STATISTICS.items():
         if theirs not in found.shapes:
             raise UserError(f"{found.where} lacks {theirs}")
@@ -176,13 +187,18 @@ def _read_statistics(folder: Path) -> dict[str, np.ndarray]:
     return statistics
 
 
-def _read_decoder(folder: Path, place: checkpoint.Place) -> Made:
+def _read_decoder(folder: Path, place: checkpoint.Place, find: Find) -> Made:
     config = _config(folder / "decoder", *configs.DECODER_KEYS)
     projections = _config(
         folder / "text_proj", "clip_embeddings_dim", "clip_extra_context_tokens"
     )
     text = _config(folder / "text_encoder", "max_position_embeddings")
-    unet = configs.unet_net(config)
+    path = folder / "decoder/config.json"
+    found = weights.join(
+        folder, [(f"{name}.", find(folder / name)) for name in names.DECODER]
+    )
+    with build.describing(path):
+        unet = configs.unet_net(config)
     net = {
         "unet": unet,
         "clip_dim": projections["clip_embeddings_dim"],
@@ -191,47 +207,60 @@ def _read_decoder(folder: Path, place: checkpoint.Place) -> Made:
         "context_width": config["cross_attention_dim"],
         "image_tokens": projections["clip_extra_context_tokens"],
     }
-    network, size = Decoder(**net), config["sample_size"]
-    for name, found, wanted in (
+    network = build.build(Decoder, net, found.shapes, str(path))
+    size = _size(folder / "decoder")
+    for name, theirs, wanted in (
         ("decoder", config, configs.decoder_config(network, size)),
         ("text_proj", projections, configs.projections_config(network)),
     ):
-        configs.check(folder / name / "config.json", found, wanted)
-    found = [(f"{name}.", weights.find(folder / name)) for name in names.DECODER]
+        configs.check(folder / name / "config.json", theirs, wanted)
     params = table.to_ours(
-        names.decoder_table(UNet(**unet)),
-        network,
-        weights.join(folder, found),
-        place=place,
+        names.decoder_table(UNet(**network.unet)), network, found, place=place
     )
-    settings = _settings(folder / "decoder_scheduler", 25, 8.0)
-    return {"net": net, **settings, "size": size}, params
+    sections = _settings(folder / "decoder_scheduler", 25, 8.0)
+    return {"net": net, **sections, "size": size}, params
 
 
-def _read_upsampler(folder: Path, which: str, place: checkpoint.Place) -> Made:
+def _read_upsampler(
+    folder: Path, which: str, place: checkpoint.Place, find: Find
+) -> Made:
     component = folder / f"super_res_{which}"
+    path, found = component / "config.json", find(component)
     config = _config(component, *configs.UNET_KEYS)
-    net, size = configs.unet_net(config), config["sample_size"]
-    network = UNet(**net)
-    wanted = configs.upsampler_config(network, size)
-    configs.check(component / "config.json", config, wanted)
-    params = table.to_ours(
-        names.unet_table(network), network, weights.find(component), place=place
-    )
+    with build.describing(path):
+        net = configs.unet_net(config)
+    size = _size(component)
+    network = build.build(UNet, net, found.shapes, str(path))
+    configs.check(path, config, configs.upsampler_config(network, size))
+    params = table.to_ours(names.unet_table(network), network, found, place=place)
     if which == "last":
         return {"net": net}, params
-    settings = _settings(folder / "super_res_scheduler", 7, 1.0)
+    sections = _settings(folder / "super_res_scheduler", 7, 1.0)
     # diffusers hands over the decoder's picture as it is.
-    settings["sampling"]["round_low"] = False
-    low = _config(folder / "decoder", "sample_size")["sample_size"]
-    return {"net": net, **settings, "size": size, "low_size": low}, params
+    sections["sampling"]["round_low"] = False
+    return {
+        "net": net,
+        **sections,
+        "size": size,
+        "low_size": _size(folder / "decoder"),
+    }, params
+
+
+def _size(component: Path) -> int:
+    """The side of the pictures that a component makes."""
+    config = _config(component)
+    rules = {"sample_size": settings.SIDE}
+    settings.check(config, rules, str(component / "config.json"))
+    return config["sample_size"]
 
 
 def _settings(folder: Path, steps: int, guidance: float) -> dict[str, dict[str, Any]]:
     name = "scheduler_config.json"
     needed = configs.SCHEDULER_KEYS
     config = _config(folder, *needed, name=name)
-    return configs.settings(folder / name, config, steps, guidance)
+    sections = configs.settings(folder / name, config, steps, guidance)
+    settings.check_part(sections, str(folder / name))
+    return sections
 
 
 # To diffusers
@@ -346,11 +375,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("dst", help="directory of the model to write")
     parser.add_argument("--dtype", help="of the params; that of the files by default")
+    parser.add_argument("--variant", help="of the weights, where there are several")
     parser.add_argument("--to-diffusers", action="store_true", help="the other way")
     arguments = parser.parse_args(argv)
     try:
         cast = weights.caster(arguments.dtype)
-        model = checkpoint.merge([read_any(src, cast) for src in arguments.src])
+        model = checkpoint.merge(
+            [read_any(s, cast, variant=arguments.variant) for s in arguments.src]
+        )
         if arguments.to_diffusers:
             write(model, arguments.dst)
             return

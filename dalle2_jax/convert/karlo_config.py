@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle2_jax.data import image
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, short
 from dalle2_jax.nn.clip import CLIP
 from dalle2_jax.nn.decoder import Decoder
 from dalle2_jax.nn.prior import DiffusionPrior
@@ -66,7 +66,9 @@ def check(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> No
     for key, value in wanted.items():
         value = list(value) if isinstance(value, tuple) else value
         if key in found and found[key] != value:
-            raise UserError(f"{path}: {key} is {found[key]!r}: must be {value!r}")
+            raise UserError(
+                f"{path}: {key} is {short(found[key])}: must be {short(value)}"
+            )
 
 
 def prior_net(config: Mapping[str, Any]) -> Config:
@@ -208,7 +210,7 @@ def settings(
         for name, theirs in table.items():
             if config[key] == theirs:
                 return name
-        raise UserError(f"{path}: {key} {config[key]!r} is not known")
+        raise UserError(f"{path}: {key} {short(config[key])} is not known")
 
     sections = {
         "diffusion": {
@@ -250,14 +252,16 @@ def text_encoder_config(clip: CLIP) -> Config:
         "architectures": ["CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
         "hidden_size": clip.text_width,
-        "intermediate_size": 4 * clip.text_width,
+        "intermediate_size": clip.text_mlp_width or 4 * clip.text_width,
         "num_hidden_layers": clip.text_layers,
         "num_attention_heads": clip.text_heads,
         "max_position_embeddings": clip.context_length,
         "vocab_size": clip.vocab_size,
         "bos_token_id": clip.eot - 1,
         "eos_token_id": clip.eot,
-        **_tower_config(clip),
+        "projection_dim": clip.embed_dim,
+        "hidden_act": clip.activation,
+        "layer_norm_eps": clip.text_eps,
     }
 
 
@@ -272,15 +276,9 @@ def image_encoder_config(clip: CLIP) -> Config:
         "num_attention_heads": clip.vision_heads,
         "image_size": clip.image_size,
         "patch_size": clip.patch_size,
-        **_tower_config(clip),
-    }
-
-
-def _tower_config(clip: CLIP) -> Config:
-    return {
         "projection_dim": clip.embed_dim,
-        "hidden_act": clip.activation,
-        "layer_norm_eps": 1e-5,
+        "hidden_act": clip.vision_activation or clip.activation,
+        "layer_norm_eps": clip.vision_eps,
     }
 
 

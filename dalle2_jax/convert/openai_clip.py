@@ -1,4 +1,4 @@
-"""CLIP in the format of transformers' CLIPModel: OpenAI's weights, and OpenCLIP's.
+"""CLIP in the format of transformers: OpenAI's weights, and OpenCLIP's.
 
     python -m dalle2_jax.convert.openai_clip SRC DST
 
@@ -16,9 +16,9 @@ import numpy as np
 from dalle2_jax import checkpoint
 from dalle2_jax.convert import table, weights
 from dalle2_jax.data import tokenizer
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, short
+from dalle2_jax.nn import build
 from dalle2_jax.nn.clip import CLIP
-from dalle2_jax.nn.layers import ACTIVATIONS
 
 _BLOCK = {
     "ln_1": "layer_norm1",
@@ -27,6 +27,42 @@ _BLOCK = {
     "ln_2": "layer_norm2",
     "mlp_in": "mlp.fc1",
     "mlp_out": "mlp.fc2",
+}
+# What a config.json may leave out.
+TEXT_DEFAULTS = {
+    "vocab_size": 49_408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 49_407,
+}
+VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+# Ours by the names of transformers, some of which are one function.
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
 }
 # Buffers that older versions of transformers stored.
 BUFFERS = (
@@ -60,96 +96,138 @@ def text_table(layers: int) -> dict[str, str]:
 
 
 def clip_table(network: CLIP) -> dict[str, str]:
-    """CLIP's table: CLIPModel, or the text's tower where ours has no other."""
-    text = table.nest("text", text_table(network.text_layers))
-    if network.image_size is None:
-        return text
-    return {
-        **table.nest("vision", vision_table(network.vision_layers)),
-        **text,
-        "logit_scale": "logit_scale",
-    }
+    """CLIP's table: CLIPModel, or the one tower that ours has."""
+    towers = {}
+    if network.image_size is not None:
+        towers |= table.nest("vision", vision_table(network.vision_layers))
+    if network.text_width is not None:
+        towers |= table.nest("text", text_table(network.text_layers))
+    both = network.image_size is not None and network.text_width is not None
+    return towers | ({"logit_scale": "logit_scale"} if both else {})
 
 
 def net(config: Mapping[str, Any]) -> dict[str, Any]:
-    """CLIP's arguments, from what config.json of a CLIPModel holds.
+    """Return CLIP's arguments, from what config.json of transformers holds.
+
+    Args:
+      config: of a CLIPModel, or of a CLIPTextModelWithProjection or
+        CLIPVisionModelWithProjection, which are one tower alone.
 
     Raises:
       UserError: it is none, or is a CLIP that our module can't be.
     """
-    if config.get("model_type") != "clip":
+    kind = config.get("model_type")
+    if kind == "clip_text_model":
+        return towers_net(text=config)
+    if kind == "clip_vision_model":
+        return towers_net(vision=config)
+    if kind != "clip":
         raise UserError(
-            f"model_type is {config.get('model_type')!r} in config.json: must be 'clip'"
+            f"model_type is {short(kind)} in config.json: must be 'clip', "
+            "'clip_text_model' or 'clip_vision_model'"
         )
-    # Whole configs: they fill in what a file leaves out.
-    config = tokenizer.import_transformers().CLIPConfig.from_dict(dict(config))
-    text = config.text_config.to_dict() | {"projection_dim": config.projection_dim}
-    return towers_net(text, config.vision_config.to_dict())
+    shared = {"projection_dim": config.get("projection_dim", 512)}
+    towers = []
+    for name in ("text_config", "vision_config"):
+        # Older files hold the tower's config twice, and what they mean is in the first.
+        found = config.get(f"{name}_dict")
+        found = config.get(name) if found is None else found
+        if not isinstance(found, Mapping | None):
+            raise UserError(
+                f"{name} is {short(found)} in config.json: must be an object"
+            )
+        towers.append({**(found or {}), **shared})
+    return towers_net(*towers)
 
 
 def towers_net(
-    text: Mapping[str, Any], vision: Mapping[str, Any] | None = None
+    text: Mapping[str, Any] | None = None, vision: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """CLIP's arguments, from whole configs of the two towers, or of the text's alone.
+    """Return CLIP's arguments, from the configs of both towers or of one alone.
+
+    Values are checked when the network is built, but for those that ours has no name
+    for. Arguments at their defaults are left out, so that older models have the same.
 
     Raises:
       UserError: they are a CLIP that our module can't be.
     """
-    arguments = {
-        "embed_dim": text["projection_dim"],
-        "vocab_size": text["vocab_size"],
-        "context_length": text["max_position_embeddings"],
-        "text_width": text["hidden_size"],
-        "text_layers": text["num_hidden_layers"],
-        "text_heads": text["num_attention_heads"],
-        # Configs of before transformers 4.31 have 2, and mean the greatest id.
-        "eot": text["vocab_size"] - 1
-        if text["eos_token_id"] == 2
-        else text["eos_token_id"],
-        "activation": text["hidden_act"],
-    }
-    _check("text_config", text, "intermediate_size", 4 * text["hidden_size"])
-    _check("text_config", text, "layer_norm_eps", 1e-5)
-    if text["hidden_act"] not in ACTIVATIONS:
-        raise UserError(
-            f"hidden_act is {text['hidden_act']!r} in config.json: must be one of "
-            + ", ".join(ACTIVATIONS)
-        )
+    arguments: dict[str, Any] = {}
+    if text is not None:
+        text = {**TEXT_DEFAULTS, **text}
+        eot = text["eos_token_id"]
+        arguments |= {
+            "embed_dim": text["projection_dim"],
+            "vocab_size": text["vocab_size"],
+            "context_length": text["max_position_embeddings"],
+            "text_width": text["hidden_size"],
+            "text_layers": text["num_hidden_layers"],
+            "text_heads": text["num_attention_heads"],
+            # Configs of before transformers 4.31 have 2, and mean the greatest id.
+            "eot": text["vocab_size"] - 1 if eot == 2 else eot,
+            "activation": _activation("text", text),
+        }
+        if text["intermediate_size"] != 4 * text["hidden_size"]:
+            arguments["text_mlp_width"] = text["intermediate_size"]
+        if text["layer_norm_eps"] != 1e-5:
+            arguments["text_eps"] = text["layer_norm_eps"]
     if vision is None:
         return arguments
-    _check("vision_config", vision, "layer_norm_eps", 1e-5)
-    _check("vision_config", vision, "hidden_act", text["hidden_act"])
-    return {
-        **arguments,
-        "image_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
+    vision = {**VISION_DEFAULTS, **vision}
+    if vision["num_channels"] != 3:
+        raise UserError(
+            f"vision_config.num_channels is {short(vision['num_channels'])} in "
+            "config.json: must be 3"
+        )
+    arguments |= {
+        "embed_dim": vision["projection_dim"]
+        if text is None
+        else text["projection_dim"],
+        "image_size": _side(vision["image_size"]),
+        "patch_size": _side(vision["patch_size"]),
         "vision_width": vision["hidden_size"],
         "vision_layers": vision["num_hidden_layers"],
         "vision_heads": vision["num_attention_heads"],
         "vision_mlp_width": vision["intermediate_size"],
     }
+    activation = _activation("vision", vision)
+    if text is None:
+        arguments["activation"] = activation
+    elif activation != arguments["activation"]:
+        arguments["vision_activation"] = activation
+    if vision["layer_norm_eps"] != 1e-5:
+        arguments["vision_eps"] = vision["layer_norm_eps"]
+    return arguments
 
 
-def read(folder: str | Path, place: checkpoint.Place = np.asarray) -> checkpoint.Export:
-    """A CLIPModel's folder as a model of this package.
+def read(
+    folder: str | Path,
+    place: checkpoint.Place = np.asarray,
+    variant: str | None = None,
+) -> checkpoint.Export:
+    """Read a folder of transformers as a model of this package.
 
     Args:
-      folder: config.json, model.safetensors (or its shards, or pytorch_model.bin), and
-        the tokenizer.
+      folder: of a CLIPModel, or of one tower with its projection: config.json, the
+        weights, and the tokenizer if there is a text tower.
       place: called with each param as it is read.
+      variant: of the weights, as "fp16", where a folder holds several.
 
     Raises:
       UserError: a file is missing or damaged, or weights do not fit the config.
     """
     folder = Path(folder)
-    arguments = net(weights.read_json(folder / "config.json"))
-    network = CLIP(**arguments)
-    found = weights.find(folder)
+    path = folder / "config.json"
+    config = weights.read_config(folder)
+    with build.describing(path):
+        arguments = net(config)
+    found = weights.find(folder, variant)
+    network = build.build(CLIP, arguments, found.shapes, str(path))
     params = table.to_ours(
         clip_table(network), network, found, place=place, ignore=BUFFERS
     )
     config = {"parts": {"clip": {"net": arguments}}}
-    return checkpoint.Export(config, {"clip": params}, folder, {})
+    tokenizer_dir = folder if network.text_width is not None else None
+    return checkpoint.Export(config, {"clip": params}, tokenizer_dir, {})
 
 
 def _transformer(theirs: str, layers: int) -> dict[str, str]:
@@ -159,12 +237,21 @@ def _transformer(theirs: str, layers: int) -> dict[str, str]:
     return blocks
 
 
-def _check(where: str, config: Mapping[str, Any], key: str, wanted: Any) -> None:
-    """That a tower is such as our CLIP takes for granted."""
-    if config[key] != wanted:
+def _activation(tower: str, config: Mapping[str, Any]) -> str:
+    """Our name of a tower's activation."""
+    name = config["hidden_act"]
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UserError(
-            f"{where}.{key} is {config[key]} in config.json: must be {wanted}"
+            f"{tower}_config.hidden_act is {short(name)} in config.json: must be one "
+            f"of {', '.join(_ACTIVATIONS)}"
         )
+    return _ACTIVATIONS[name]
+
+
+def _side(value: Any) -> Any:
+    """The side of a square, which transformers also takes as [side, side]."""
+    square = isinstance(value, list | tuple) and len(value) == 2 and len({*value}) == 1
+    return value[0] if square else value
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,14 +260,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("src", help="folder of a transformers CLIPModel")
     parser.add_argument("dst", help="directory of the model to write")
     parser.add_argument("--dtype", help="of the params; that of the file by default")
+    parser.add_argument("--variant", help="of the weights, where there are several")
     arguments = parser.parse_args(argv)
     try:
-        model = read(arguments.src, weights.caster(arguments.dtype))
+        cast = weights.caster(arguments.dtype)
+        model = read(arguments.src, cast, arguments.variant)
+        text = model.tokenizer_dir and tokenizer.load(model.tokenizer_dir)
         checkpoint.export(
-            arguments.dst,
-            params=model.params,
-            config=model.config,
-            tokenizer=tokenizer.load(model.tokenizer_dir),
+            arguments.dst, params=model.params, config=model.config, tokenizer=text
         )
     except UserError as error:
         parser.error(str(error))

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dalle2_jax import checkpoint
-from dalle2_jax.convert.weights import Weights
+from dalle2_jax import checkpoint, tensors
 from dalle2_jax.nn import abstract
+from dalle2_jax.tensors import Weights
 
 Table = Mapping[str, str]
 
@@ -82,7 +82,7 @@ def to_ours(
         array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         array = array.reshape(source.shape)  # without leading axes
         array = array.transpose(_axes(path, array.ndim))
-        return place(np.asarray(array, order="C"))
+        return tensors.place(place, np.asarray(array, order="C"), path, weights.where)
 
     return unflatten_dict({k: param(k, v) for k, v in sources.items()}, sep="/")
 

@@ -23,6 +23,19 @@ from dalle2_jax.files import check_files
 
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 SMALLEST = 512 + len(SPECIALS)
+# What transformers reads in a folder, if it is there.
+FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+LARGEST_FILE = 2**25  # bytes; that of CLIP has some 2**22
 
 
 class Tokenizer:
@@ -64,6 +77,20 @@ class Tokenizer:
                 )
         return tokens
 
+    def check(self, vocab_size: int, eot: int, where: object) -> None:
+        """Raise a UserError if CLIP's text tower can't read what this one writes.
+
+        Args:
+          vocab_size, eot: number of the tower's ids, and its end-of-text id.
+          where: the model, for the message.
+        """
+        if self.vocab_size > vocab_size or self.eot != eot:
+            raise UserError(
+                f"{where}: the tokenizer has {self.vocab_size} ids, of which "
+                f"{self.eot} ends a text; CLIP has {vocab_size} and {eot}: take the "
+                "tokenizer that it was trained with"
+            )
+
     def _beginning(self, text: str, context_length: int) -> str:
         """Return a text without what is far beyond its first `context_length` tokens.
 
@@ -99,6 +126,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
         raise UserError(f"there is no folder {path} to load a tokenizer from")
     if local:
         check_files(path)
+        _check_sizes(Path(path))
     try:
         wrapped = import_transformers().CLIPTokenizer.from_pretrained(str(path))
     # A damaged file surfaces as nearly any exception, the hub's as OSError.
@@ -112,7 +140,25 @@ def load(path: str | os.PathLike) -> Tokenizer:
             f"the folder {path} holds no CLIP tokenizer: it needs tokenizer.json, "
             "or vocab.json and merges.txt"
         )
+    specials = wrapped.bos_token_id, wrapped.eos_token_id, wrapped.pad_token_id
+    for token in specials:
+        if not isinstance(token, int) or not 0 <= token < len(wrapped):
+            raise UserError(
+                f"the tokenizer of {path} is damaged: start, end and padding have the "
+                f"ids {specials}, of a vocabulary of {len(wrapped)}"
+            )
     return Tokenizer(wrapped)
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raise a UserError if a file would fill the memory."""
+    for name in FILES:
+        path = folder / name
+        if path.is_file() and path.stat().st_size > LARGEST_FILE:
+            raise UserError(
+                f"{path} has {path.stat().st_size:,} bytes: a tokenizer's has at most "
+                f"{LARGEST_FILE:,}"
+            )
 
 
 def train(captions: Iterable[str], vocab_size: int, context_length: int) -> Tokenizer:

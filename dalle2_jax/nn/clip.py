@@ -56,6 +56,7 @@ class VisionTower(nn.Module):
     stem: tuple[int, ...] = ()
     mlp_width: int | None = None
     activation: str = "gelu"
+    eps: float = 1e-5
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -85,7 +86,7 @@ class VisionTower(nn.Module):
         )
         token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, width))
         x = jnp.concatenate([token, x], axis=1) + positions.astype(x.dtype)
-        x = LayerNorm(name="ln_pre")(x)
+        x = LayerNorm(self.eps, name="ln_pre")(x)
         x = Transformer(
             self.layers,
             self.heads,
@@ -93,9 +94,10 @@ class VisionTower(nn.Module):
             self.remat,
             self.dtype,
             self.mlp_width,
+            self.eps,
             name="transformer",
         )(x)
-        x = LayerNorm(name="ln_post")(x[:, 0])
+        x = LayerNorm(self.eps, name="ln_post")(x[:, 0])
         return Dense(
             self.embed_dim, use_bias=False, dtype=self.dtype, name="projection"
         )(x).astype(jnp.float32)
@@ -111,7 +113,9 @@ class TextTower(nn.Module):
     layers: int
     heads: int
     eot: int
+    mlp_width: int | None = None
     activation: str = "gelu"
+    eps: float = 1e-5
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
@@ -139,9 +143,11 @@ class TextTower(nn.Module):
             self.activation,
             self.remat,
             self.dtype,
+            self.mlp_width,
+            self.eps,
             name="transformer",
         )(x, causal_mask(length))
-        x = LayerNorm(name="ln_final")(x)
+        x = LayerNorm(self.eps, name="ln_final")(x)
         end = jnp.argmax(tokens == self.eot, axis=-1)  # the first end-of-text
         pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         z_text = Dense(
@@ -159,49 +165,61 @@ class CLIP(nn.Module):
     Attributes:
       embed_dim: dimension d of the shared embedding space.
       vocab_size, context_length: of the tokenizer; ``eot`` is its end-of-text id.
-      text_width, text_layers, text_heads: the text transformer.
+      text_width, text_layers, text_heads: the text transformer; these, ``vocab_size``,
+        ``context_length`` and ``eot`` are None where there is no text tower.
       image_size, patch_size: side of the input picture and of one patch, in pixels;
         None where there is no image tower.
       vision_width, vision_layers, vision_heads: the image transformer.
       vision_stem: channels of the convolutions before it; () for none (the paper).
-      vision_mlp_width: of its MLPs; None for four times its width.
-      activation: "gelu" (exact) or "quick_gelu" (OpenAI's weights).
+      text_mlp_width, vision_mlp_width: widths of the MLPs; None for four times the
+        tower's width.
+      activation: a key of `layers.ACTIVATIONS`, as "gelu" (exact) or "quick_gelu"
+        (OpenAI's weights).
+      vision_activation: of the image tower; None for ``activation``.
+      text_eps, vision_eps: epsilon of the layer norms.
     """
 
     embed_dim: int
-    vocab_size: int
-    context_length: int
-    text_width: int
-    text_layers: int
-    text_heads: int
-    eot: int
+    vocab_size: int | None = None
+    context_length: int | None = None
+    text_width: int | None = None
+    text_layers: int | None = None
+    text_heads: int | None = None
+    eot: int | None = None
     image_size: int | None = None
     patch_size: int | None = None
     vision_width: int | None = None
     vision_layers: int | None = None
     vision_heads: int | None = None
     vision_stem: tuple[int, ...] = ()
+    text_mlp_width: int | None = None
     vision_mlp_width: int | None = None
     activation: str = "gelu"
+    vision_activation: str | None = None
+    text_eps: float = 1e-5
+    vision_eps: float = 1e-5
     remat: bool = False
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         shared = {
             "embed_dim": self.embed_dim,
-            "activation": self.activation,
             "remat": self.remat,
             "dtype": self.dtype,
         }
-        self.text = TextTower(
-            vocab_size=self.vocab_size,
-            context_length=self.context_length,
-            width=self.text_width,
-            layers=self.text_layers,
-            heads=self.text_heads,
-            eot=self.eot,
-            **shared,
-        )
+        if self.text_width is not None:
+            self.text = TextTower(
+                vocab_size=self.vocab_size,
+                context_length=self.context_length,
+                width=self.text_width,
+                layers=self.text_layers,
+                heads=self.text_heads,
+                eot=self.eot,
+                mlp_width=self.text_mlp_width,
+                activation=self.activation,
+                eps=self.text_eps,
+                **shared,
+            )
         if self.image_size is None:
             return
         self.vision = VisionTower(
@@ -212,11 +230,14 @@ class CLIP(nn.Module):
             heads=self.vision_heads,
             stem=self.vision_stem,
             mlp_width=self.vision_mlp_width,
+            activation=self.vision_activation or self.activation,
+            eps=self.vision_eps,
             **shared,
         )
-        self.logit_scale = self.param(
-            "logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ()
-        )
+        if self.text_width is not None:
+            self.logit_scale = self.param(
+                "logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ()
+            )
 
     def encode_image(self, image: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
         """Picture, normalised by CLIP's mean and deviation -> z_image (unscaled)."""
@@ -233,24 +254,30 @@ class CLIP(nn.Module):
         z_text, states = self.encode_text(tokens)
         return Caption(tokens, z_text, states, text_mask(tokens, self.eot))
 
-    def example(self) -> tuple[Array | None, Array]:
+    def example(self) -> tuple[Array | None, Array | None]:
         """Arguments of a call, for init and its shapes."""
-        tokens = jnp.zeros((1, self.context_length), jnp.int32)
-        if self.image_size is None:
-            return None, tokens
-        return jnp.zeros((1, self.image_size, self.image_size, 3)), tokens
+        image = tokens = None
+        if self.image_size is not None:
+            image = jnp.zeros((1, self.image_size, self.image_size, 3))
+        if self.text_width is not None:
+            tokens = jnp.zeros((1, self.context_length), jnp.int32)
+        return image, tokens
 
     def __call__(
-        self, image: Float[Array, "b s s 3"] | None, tokens: Int[Array, "n t"]
+        self, image: Float[Array, "b s s 3"] | None, tokens: Int[Array, "n t"] | None
     ) -> tuple[
-        Float[Array, "b d"] | None, Float[Array, "n d"], Float[Array, ""] | None
+        Float[Array, "b d"] | None,
+        Float[Array, "n d"] | None,
+        Float[Array, ""] | None,
     ]:
         """(z_image, z_text, temperature), the temperature clipped at 100.
 
-        Without an image tower the image is None, and of the three there is z_text.
+        Where a tower is missing its argument and its embedding are None, and so is the
+        temperature.
         """
-        z_text, _ = self.encode_text(tokens)
-        if image is None:
-            return None, z_text, None
+        z_image = None if image is None else self.encode_image(image)
+        z_text = None if tokens is None else self.encode_text(tokens)[0]
+        if z_image is None or z_text is None:
+            return z_image, z_text, None
         temperature = jnp.exp(jnp.minimum(self.logit_scale, math.log(100.0)))
-        return self.encode_image(image), z_text, temperature
+        return z_image, z_text, temperature

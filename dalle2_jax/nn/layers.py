@@ -17,7 +17,9 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),  # by tanh
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
 _LONG = 1 << 19  # weights of a head from which on a CPU takes the heads one by one
@@ -243,7 +245,8 @@ class Cache(NamedTuple):
 class Block(nn.Module):
     """A pre-norm transformer block: x + attn(ln_1(x)), then x + mlp(ln_2(x)).
 
-    The MLP is ``mlp_width`` wide, or four times the block's width. With a cache, x are
+    The MLP is ``mlp_width`` wide, or four times the block's width; ``eps`` is of the
+    norms. With a cache, x are
     the positions from ``start`` on; they see the cached ones, which the mask is of, and
     the cache with themselves is returned, too.
     """
@@ -252,6 +255,7 @@ class Block(nn.Module):
     activation: str = "gelu"
     dtype: DTypeLike = jnp.float32
     mlp_width: int | None = None
+    eps: float = 1e-5
 
     @nn.compact
     def __call__(
@@ -267,11 +271,12 @@ class Block(nn.Module):
             return Dense(features, dtype=self.dtype, name=name)
 
         project = Heads(3, self.heads, c // self.heads, self.dtype, name="qkv")
-        q, k, v = project(LayerNorm(name="ln_1")(x))
+        q, k, v = project(LayerNorm(self.eps, name="ln_1")(x))
         if cache is not None:
             k, v = cache = cache.write(k, v, start)
         x = x + dense(c, "out")(attention(q, k, v, mask).reshape(b, t, c))
-        h = dense(self.mlp_width or 4 * c, "mlp_in")(LayerNorm(name="ln_2")(x))
+        h = LayerNorm(self.eps, name="ln_2")(x)
+        h = dense(self.mlp_width or 4 * c, "mlp_in")(h)
         x = x + dense(c, "mlp_out")(ACTIVATIONS[self.activation](h))
         return x if cache is None else (x, cache)
 
@@ -288,6 +293,7 @@ class Transformer(nn.Module):
     remat: bool = False
     dtype: DTypeLike = jnp.float32
     mlp_width: int | None = None
+    eps: float = 1e-5
 
     @nn.compact
     def __call__(
@@ -301,7 +307,12 @@ class Transformer(nn.Module):
         for i in range(self.layers):
             name = f"block_{i}"
             layer = block(
-                self.heads, self.activation, self.dtype, self.mlp_width, name=name
+                self.heads,
+                self.activation,
+                self.dtype,
+                self.mlp_width,
+                self.eps,
+                name=name,
             )
             if caches is None:
                 x = layer(x, mask)

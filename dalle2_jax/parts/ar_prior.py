@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
+from dalle2_jax.diffusion import settings
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import ar_prior as nn
 from dalle2_jax.nn import codes
@@ -66,19 +67,17 @@ class Sampling:
     candidates: int = static()
 
 
-def make_sampling(
-    component: Component, settings: Sequence[Mapping[str, Any]]
-) -> Sampling:
+def make_sampling(component: Component, given: Sequence[Mapping[str, Any]]) -> Sampling:
     """The settings of each picture as data; UserError if candidates differ."""
-    counts = {each["candidates"] for each in settings}
+    counts = {each["candidates"] for each in given}
     if len(counts) > 1:
         raise UserError(
             f"candidates is {sorted(counts)} in one batch: it must be the same"
         )
     return Sampling(
-        guidance=np.float32([each["guidance"] for each in settings]),
-        temperature=np.float32([each["temperature"] for each in settings]),
-        guided=any(each["guidance"] != 1 for each in settings),
+        guidance=np.float32([each["guidance"] for each in given]),
+        temperature=np.float32([each["temperature"] for each in given]),
+        guided=any(each["guidance"] != 1 for each in given),
         candidates=counts.pop(),
     )
 
@@ -313,27 +312,32 @@ def fit_tables(
 
 
 def read_statistics(
-    statistics: Mapping[str, Any], settings: Mapping[str, Any]
+    statistics: Mapping[str, Any], sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the codes mean."""
     stored = statistics["ar_prior"]
     return {"codes": codes.Codes(*(stored[name] for name in codes.Codes._fields))}
 
 
-def zero_statistics(net: Mapping[str, Any]) -> dict[str, Any]:
+def zero_statistics(network: ARPrior) -> dict[str, Any]:
     """Statistics of the codes, all zero."""
 
     def zeros(*shape: int) -> np.ndarray:
         return np.zeros(shape, np.float32)
 
-    d, k = net["clip_dim"], net["components"]
+    d, k = network.clip_dim, network.components
     table = codes.Codes(zeros(d), zeros(d, k), zeros(k), zeros(k))
-    edges = zeros(net["dot_products"] - 1)
+    edges = zeros(network.dot_products - 1)
     return {"ar_prior": {**table._asdict(), "dot_products": edges}}
 
 
+RULES = {
+    "candidates": settings.whole(1, 1000),
+    "guidance": settings.number(-1000, 1000),
+    "temperature": settings.number(0, 1000),
+}
 SAMPLER = Sampler(
-    ("guidance", "temperature"), make_sampling, count_steps, begin, advance, finish
+    RULES, ("guidance",), make_sampling, count_steps, begin, advance, finish
 )
 PART = Part(
     "ar_prior",

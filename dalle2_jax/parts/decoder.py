@@ -290,6 +290,7 @@ def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
 
 
 SAMPLER = Sampler(
+    {},
     ("steps", "guidance", "guidance_interval", "sampler"),
     make_sampling,
     count_steps,
@@ -304,5 +305,6 @@ PART = Part(
     make_stage,
     most_left=0.5,
     makes="picture",
+    sides=("size",),
     sampler=SAMPLER,
 )

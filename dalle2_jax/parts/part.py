@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 from ml_collections import ConfigDict
 
+from dalle2_jax.diffusion.settings import Rule
 from dalle2_jax.parts.component import Component, Inputs
 from dalle2_jax.parts.stage import Load, Stage
 
@@ -17,6 +18,8 @@ class Sampler(NamedTuple):
     which are one program.
 
     Attributes:
+      rules: what the section `sampling` of a config must have beside what all that
+        denoise have; see diffusion.settings.
       settings: of `sampling`, those that a caller may change.
       make_sampling: (component, [settings of each picture]) -> sampling, a pytree of
         arrays, of which each has a first axis b.
@@ -26,12 +29,18 @@ class Sampler(NamedTuple):
       finish: (component, sampling, prepared, state) -> [b, ...], what was made.
     """
 
+    rules: Mapping[str, Rule]
     settings: tuple[str, ...]
     make_sampling: Callable[[Component, Sequence[Mapping[str, Any]]], Any]
     steps: Callable[[Component, Any], int]
     begin: Callable[[Component, Any, Inputs], tuple[Any, Any]]
     advance: Callable[[Component, Any, Any, Any, Any, Any], Any]
     finish: Callable[[Component, Any, Any, Any], Any]
+
+    @property
+    def diffuses(self) -> bool:
+        """Whether it denoises, by the sections that diffusion.generate explains."""
+        return "steps" in self.settings
 
 
 class Part(NamedTuple):
@@ -46,10 +55,12 @@ class Part(NamedTuple):
       most_left: of the loss of one batch, on which it is trained for 100 steps from
         random parameters, at most this part should be left.
       makes: "embedding" (of an image), "picture", or None.
+      sides: what its section of a config must have beside its network and the settings
+        of its sampler: sides of pictures, in pixels.
       sampler: None where it makes nothing.
-      read_statistics: (a model's statistics, settings) -> what the sampler reads of
+      read_statistics: (a model's statistics, its sampling) -> what the sampler reads of
         them, as fields of Inputs.
-      zero_statistics: (arguments) -> those statistics as zeros.
+      zero_statistics: (network) -> those statistics as zeros.
     """
 
     name: str
@@ -58,11 +69,12 @@ class Part(NamedTuple):
     make_stage: Callable[[ConfigDict, Load], Stage]
     most_left: float
     makes: str | None = None
+    sides: tuple[str, ...] = ()
     sampler: Sampler | None = None
     read_statistics: Callable[
         [Mapping[str, Any], Mapping[str, Any]], dict[str, Any]
     ] = lambda statistics, settings: {}
-    zero_statistics: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda net: {}
+    zero_statistics: Callable[[Any], dict[str, Any]] = lambda network: {}
 
 
 def run(

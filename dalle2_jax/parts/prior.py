@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
-from dalle2_jax.diffusion import generate, guide, process, sample, schedule
+from dalle2_jax.diffusion import generate, guide, process, sample, schedule, settings
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import Caption, cosine
 from dalle2_jax.nn.prior import DiffusionPrior
@@ -362,10 +362,10 @@ def measure_x0_error(
 
 
 def read_statistics(
-    statistics: Mapping[str, Any], settings: Mapping[str, Any]
+    statistics: Mapping[str, Any], sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Mean and deviation of z_image, and the errors if the variance is analytic."""
-    analytic = settings["variance"] == "analytic"
+    analytic = sampling["variance"] == "analytic"
     return {
         "mean": jnp.asarray(statistics["z_image_mean"]),
         "std": jnp.asarray(statistics["z_image_std"]),
@@ -373,13 +373,19 @@ def read_statistics(
     }
 
 
-def zero_statistics(net: Mapping[str, Any]) -> dict[str, Any]:
+def zero_statistics(network: DiffusionPrior) -> dict[str, Any]:
     """Statistics of the embeddings, all zero."""
-    zeros = np.zeros(net["clip_dim"], np.float32)
+    zeros = np.zeros(network.clip_dim, np.float32)
     return {"z_image_mean": zeros, "z_image_std": zeros}
 
 
+RULES = {
+    "candidates": settings.whole(1, 1000),
+    "variance": settings.one_of(None, "analytic"),
+    "last_std": settings.number(0, 100),
+}
 SAMPLER = Sampler(
+    RULES,
     ("steps", "guidance", "guidance_interval", "sampler"),
     make_sampling,
     count_steps,

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
 from dalle2_jax.data import degrade, image, tokenizer
-from dalle2_jax.diffusion import generate, sample, schedule, tiles
+from dalle2_jax.diffusion import generate, sample, schedule, settings, tiles
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.unet import UNet
 from dalle2_jax.parts import part
@@ -247,7 +247,13 @@ def _bsr(config: ConfigDict) -> Callable[..., np.ndarray] | None:
 
 
 SAMPLER = Sampler(
-    ("steps", "sampler"), make_sampling, count_steps, begin, advance, finish
+    {"round_low": settings.one_of(True, False)},
+    ("steps", "sampler"),
+    make_sampling,
+    count_steps,
+    begin,
+    advance,
+    finish,
 )
 PART = Part(
     "upsampler",
@@ -256,5 +262,6 @@ PART = Part(
     make_stage,
     most_left=0.5,
     makes="picture",
+    sides=("size", "low_size"),
     sampler=SAMPLER,
 )

@@ -199,11 +199,6 @@ def assemble(
         first = name.removesuffix("_last")
         last = components.pop(name).params
         components[first] = components[first].replace(last=last)
-    if "ar_prior" in components and "ar_prior" not in model.statistics:
-        raise UserError(
-            f"the model {path} has no statistics of its ar_prior, without which its "
-            "codes can't be read: export it again"
-        )
     text = model.tokenizer_dir
     return Model(
         path=path,

@@ -203,7 +203,7 @@ def hollow(
         }
         section |= {"net": own.arguments(config, clip), "sampling": values["sampling"]}
         sections[component_name(config)] = section
-        statistics = own.zero_statistics(section["net"])
+        statistics = own.zero_statistics(own.module(**section["net"]))
     return checkpoint.Export(
         config={"parts": sections},
         params={
