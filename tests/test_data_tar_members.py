@@ -51,7 +51,7 @@ def found(data, size=True):
     """What is found in a tar, with the members' bytes, in a time that is no hang."""
     start = time.monotonic()
     contents = read_members(io.BytesIO(data), len(data) if size else None)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     return {k: data[slice(*at)] for k, at in contents.members.items()}, contents
 
 

@@ -69,7 +69,7 @@ def test_too_long_is_cut_with_a_warning(small):
 def test_a_book_is_encoded_at_once_and_as_its_beginning(small, text):
     start = time.perf_counter()
     tokens = small.encode([text], 16, warn=False)
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 30
     np.testing.assert_array_equal(tokens, small.encode([text[:400]], 16, warn=False))
 
 

@@ -51,7 +51,7 @@ def assert_refused(folder, message):
     with pytest.raises(UserError, match=message) as error:
         hub.load(folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1500
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 30
 
 
 def parameters(cases):
