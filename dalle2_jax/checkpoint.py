@@ -1,17 +1,16 @@
-"""What is kept on disk: the checkpoints of a training run, and exported models.
+"""Exported models: a directory with everything that sampling needs, nothing pickled.
 
-A run's checkpoints hold the whole TrainState and are read only to resume it. A model is
-a directory with everything that sampling needs, and nothing pickled:
 
-    config.json                  {"format": 1, "parts": {NAME: {...}}, ...}
-    NAME.safetensors             the params of one part, named "a/b/kernel"
-    tokenizer/
-    statistics.safetensors       for instance mean and deviation of the embeddings
+config.json                  {"format": 1, "parts": {NAME: {...}}, ...}
+NAME.safetensors             the params of one part, named "a/b/kernel"
+tokenizer/
+statistics.safetensors       for instance mean and deviation of the embeddings
 """
 
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dalle2_jax.errors import UserError, first_line
+from dalle2_jax import files, storage
+from dalle2_jax.errors import UserError
 
 # What is done with each param as it is read, so that no more than one lies around: it
 # may be cast and put onto a device.
@@ -55,7 +54,7 @@ def export(
     """Writes a model; a model that is already there is replaced as a whole.
 
     Args:
-        directory: where to; what is there already must be a model, or empty.
+        directory: where to, or a URL; what is there already must be a model, or empty.
         params: of each part by its name, nested dicts of arrays.
         config: what config.json holds, with an entry in config["parts"] for each part.
         tokenizer: anything with `save(directory)`, or None.
@@ -81,14 +80,15 @@ def copy(
     """Copies a model; one that is already there is replaced as a whole.
 
     Args:
-        model, directory: from where and to where.
+        model, directory: from where and to where; each may be a URL.
         dtype: of the params in the copy, as "float16" to halve its size; None keeps
             what they have. Statistics stay as they are.
     """
     with _replacing(directory) as new:
-        shutil.copytree(model, new, dirs_exist_ok=True)
+        source = storage.fetch(model)
+        shutil.copytree(source, new, dirs_exist_ok=True)
         if dtype is not None:
-            for name, params in load(model).params.items():
+            for name, params in load(source).params.items():
                 cast = jax.tree.map(lambda x: x.astype(dtype), params)
                 _save(new / f"{name}.safetensors", cast)
 
@@ -101,15 +101,16 @@ def load(
     """Reads what `export` wrote.
 
     Args:
-        directory: the model.
+        directory: the model, or its URL, from which it is copied for this process.
         place: called with each param, not with statistics; numpy's arrays stay by
             default.
         only: the parts to read; None for all.
 
     Raises:
-        UserError: the directory is not a model, a file is missing or can't be read.
+        UserError: the directory is not a model, a file is missing or can't be read, or
+            a number in it is not finite.
     """
-    directory = Path(directory).expanduser()
+    directory = storage.fetch(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(
@@ -117,8 +118,10 @@ def load(
             "(train.py leaves one in WORKDIR/model)"
         )
     try:
-        config = _tuples(json.loads(path.read_text()))
+        config = _tuples(files.read_json(path))
         version, parts = config["format"], dict(config["parts"])
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is not the config of a model of this package ({error!r})"
@@ -180,7 +183,7 @@ def check(params: Any, abstract: Any, where: str | Path) -> None:
         ],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{k}: {_some(v)}" for k, v in problems.items() if v)
+        listed = "; ".join(f"{k}: {shorten(v)}" for k, v in problems.items() if v)
         raise UserError(f"{where} does not fit this config: {listed}")
 
 
@@ -194,170 +197,36 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()
 
 
-class Run:
-    """The checkpoints of a training run, DIRECTORY/STEP.
-
-    Saving is asynchronous, and a step counts only once it is complete: a process killed
-    while saving leaves the step before as the latest. With several processes, all of
-    them call every method.
-    """
-
-    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0):
-        """The last `keep` steps stay, and those that `keep_every` divides, if not 0."""
-        if keep < 1:
-            raise UserError(f"keep is {keep}: at least one checkpoint must be kept")
-        if keep_every < 0:
-            raise UserError(f"keep_every is {keep_every}: give steps, or 0 for none")
-        self.directory = Path(directory).absolute()
-        if jax.process_index() == 0:
-            # What a killed process left. (Orbax would do it in the background, and fail
-            # at the next save if two processes did it at the same time.)
-            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                keep_period=keep_every or None,
-                # So that a directory that can't be made is told at once: the threads
-                # that write would wait for it for minutes, and the process for them.
-                async_options=ocp.options.AsyncOptions(
-                    create_directories_asynchronously=False
-                ),
-            ),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-            },
-        )
-
-    def latest_step(self) -> int | None:
-        """The last complete step, or None."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: Any, config: Mapping[str, Any]) -> None:
-        """Starts to save the state; the caller may donate its buffers right away.
-
-        Raises:
-            UserError: the step before could not be written.
-        """
-        if step == self.latest_step():
-            return
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(dict(config))
-        )
-        with self._writing():
-            self._manager.save(step, args=args)
-
-    def wait(self) -> None:
-        """Returns when all that was saved is complete on disk."""
-        with self._writing():
-            self._manager.wait_until_finished()
-
-    def config(self) -> dict[str, Any]:
-        """The config that the latest step was saved with."""
-        args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        with self._reading() as step:
-            return self._manager.restore(step, args=args).config
-
-    def shapes(self) -> Any:
-        """What the latest step holds: a tree of things with a shape and a dtype."""
-        with self._reading() as step:
-            return self._manager.item_metadata(step)["state"]
-
-    def restore(self, abstract: Any, changed: Sequence[str] = ()) -> Any:
-        """Reads the latest step.
-
-        Args:
-            abstract: tree of `jax.ShapeDtypeStruct` with the shardings to restore to.
-            changed: what `changes` found in the config, for the message.
-
-        Raises:
-            UserError: names or shapes differ, or a file can't be read.
-        """
-        try:
-            # Compared here because orbax would tell the difference in pages.
-            where = self.directory / str(self.latest_step())
-            check(self.shapes(), abstract, where)
-        except UserError as error:
-            raise UserError(
-                f"{error}; since it was saved, {_some(changed) or 'nothing'} changed "
-                "in the config: change it back, or train in another workdir"
-            ) from None
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        with self._reading() as step:
-            return self._manager.restore(step, args=args).state
-
-    def reached_preemption(self, step: int) -> bool:
-        """Whether all processes of a cluster are to save at this step and stop."""
-        return self._manager.reached_preemption(step)
-
-    def close(self) -> None:
-        """Waits, and stops the threads that write."""
-        with self._writing():
-            self._manager.close()
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[int]:
-        step = self.latest_step()
-        try:
-            yield step
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"cannot read {self.directory / str(step)}, remove it to resume from "
-                f"the one before: {first_line(error)}"
-            ) from error
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            # What is on disk: orbax counts the step that it could not save.
-            names = (path.name for path in self.directory.glob("*"))
-            steps = [int(name) for name in names if name.isdigit()]
-            raise UserError(
-                f"cannot save a checkpoint to {self.directory}, where the last one is "
-                f"of step {max(steps, default='none')}: {first_line(error)}"
-            ) from error
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two configs, as "net.width 64 -> 128"."""
-    old, new = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
-    return [
-        f"{key} {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-
-
 @contextlib.contextmanager
-def _replacing(directory: str | Path) -> Iterator[Path]:
+def _replacing(directory: str | os.PathLike) -> Iterator[Path]:
     """Yields a new directory, which at the end is put in the place of a model.
 
     So nobody sees a half-written model, and what fails leaves the old one there.
     """
-    directory = Path(directory).expanduser().absolute()
-    if directory.exists() and not (directory / "config.json").exists():
-        if not directory.is_dir() or any(directory.iterdir()):
+    location = storage.url(directory)
+    directory = location or storage.expand(directory).absolute()
+    try:
+        if location:
+            names = storage.names(location)
+        elif directory.is_dir():
+            names = os.listdir(directory)
+        else:
+            names = ["a file"] * directory.exists()
+        if names and "config.json" not in names:
             raise UserError(
                 f"{directory} exists and is not a model: give a new directory"
             )
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        if not location:
+            directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
-            dir=directory.parent, prefix=f".{directory.name}-"
+            dir=None if location else directory.parent, prefix=".model-"
         ) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
             yield new
+            if location:
+                storage.replace(new, location, last="config.json")
+                return
             if directory.exists():
                 directory.rename(Path(scratch) / "old")
             new.rename(directory)
@@ -376,12 +245,24 @@ def _load(path: Path, place: Place = np.asarray) -> dict[str, Any]:
         raise UserError(f"{path} is missing: copy or export the whole model again")
     try:
         with safe_open(path, framework="numpy") as file:
-            params = {name: place(file.get_tensor(name)) for name in file.keys()}
+            params = {
+                name: place(_finite(file.get_tensor(name), f"{name} in {path}"))
+                for name in file.keys()
+            }
         return unflatten_dict(params, sep="/")
     except SafetensorError as error:
         raise UserError(
             f"{path} is truncated or damaged ({error}): copy or export it again"
         ) from error
+
+
+def _finite(array: np.ndarray, what: str) -> np.ndarray:
+    if bad := array.size - np.count_nonzero(np.isfinite(array)):
+        raise UserError(
+            f"{bad:,} of {array.size:,} numbers of {what} are not finite: train or "
+            "export the model again"
+        )
+    return array
 
 
 def _tuples(value: Any) -> Any:
@@ -397,6 +278,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name(k, simple=True, separator="/"): tuple(v.shape) for k, v in leaves}
 
 
-def _some(names: Sequence[str], limit: int = 8) -> str:
+def shorten(names: Sequence[str], limit: int = 8) -> str:
+    """Return the first names and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

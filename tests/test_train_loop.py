@@ -25,7 +25,7 @@ from PIL import Image
 
 from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import loop
+from dalle2_jax.train import checkpoints, loop
 from tests.linear import WIDTH, assert_close, assert_equal, linear, make_batches
 
 
@@ -86,7 +86,7 @@ def read_metrics(workdir):
 
 
 def latest(workdir):
-    with checkpoint.Run(workdir / "checkpoints") as run:
+    with checkpoints.Run(workdir / "checkpoints") as run:
         return run.latest_step()
 
 
