@@ -39,7 +39,7 @@ def backend_problem() -> str | None:
         return None
     # AssertionError for a GPU that is not there, RuntimeError for an unknown platform.
     except (AssertionError, RuntimeError) as error:
-        problem = first_line(error)
+        problem = first_line(error) if str(error) else "there are none"
     wanted = jax.config.jax_platforms
     if not wanted:
         return f"JAX finds no devices: {problem}"

@@ -178,6 +178,11 @@ def tiled(model: Model, tile: int, overlap: int) -> Model:
 def require(model: Model, *names: str) -> None:
     """A UserError if the model lacks a part."""
     missing = [name for name in names if getattr(model, name) is None]
+    if "tokenizer" in missing:
+        raise UserError(
+            f"the model {model.path} has no tokenizer, which is its CLIP's: export or "
+            "copy the whole model again, or load it together with one that has it"
+        )
     if missing:
         raise UserError(
             f"the model {model.path} has no {' and no '.join(missing)}: train it with "

@@ -203,7 +203,7 @@ def hollow(
         text.save(folder)
         parts["clip"] = CLIP(**clip), {"net": clip}
         d = np.zeros(clip["embed_dim"], np.float32)
-        statistics = {"z_image_mean": d, "z_image_std": d}
+        statistics = {"z_image_mean": d, "z_image_std": d + 1}
     if config.stage != "clip":
         name, network, net = _own(config, clip)
         section = {"net": net, "sampling": config.sampling.to_dict()}

@@ -1,5 +1,6 @@
 """The prior stage: from a caption to the CLIP embedding of a picture of it."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,10 @@ from dalle2_jax.stages.stage import (
     see,
     upon_clip,
 )
+
+log = logging.getLogger(__name__)
+
+LEAST_STD = 1e-3  # of a dimension's embeddings, beside the others'
 
 
 def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,6 +146,11 @@ def stored_statistics(
             f"init_from={where} has no {' and no '.join(missing)}, without which its "
             "prior can't be read: convert or export the model again"
         )
+    if not np.all(model.statistics["z_image_std"] > 0):
+        raise UserError(
+            f"init_from={where}: z_image_std of its statistics must be above 0 in "
+            "every dimension: train its prior again, on different pictures"
+        )
     return tuple(jnp.float32(model.statistics[name]) for name in names)
 
 
@@ -150,14 +160,40 @@ def embedding_statistics(
     """Mean and standard deviation of z_image, per dimension, over the first examples.
 
     The diffusion works on (z_image - mean) / std, as Karlo's does; the paper scales
-    by the constant 17.2 to the same end.
+    by the constant 17.2 to the same end. A dimension in which next to nothing varies
+    gets a thousandth of the others' deviation, with a warning.
+
+    Raises:
+      UserError: all embeddings are the same, or some are not finite.
     """
     encode = jax.jit(lambda p, batch: see(clip, p, batch))
     seen: list[np.ndarray] = []
     while sum(map(len, seen)) < examples:
         seen.append(np.asarray(encode(params, next(batches)), np.float64))
     z = np.concatenate(seen)
-    return jnp.float32(z.mean(0)), jnp.float32(z.std(0))
+    if not np.isfinite(z).all():
+        raise UserError(
+            f"CLIP's embeddings of the first {len(z)} pictures are not finite: give a "
+            "base model that was trained, or dtype=float32"
+        )
+    mean, std = z.mean(0), z.std(0)
+    typical = np.sqrt(np.mean(std**2))
+    if typical <= 1e-6 * np.sqrt(np.mean(z**2)):  # what float32 rounds
+        raise UserError(
+            f"CLIP's embeddings of the first {len(z)} pictures are all the same: the "
+            "prior needs different pictures, and a base model that tells them apart"
+        )
+    dead = std < LEAST_STD * typical
+    if dead.any():
+        log.warning(
+            "%d of %d dimensions of CLIP's embeddings are the same for the first %d "
+            "pictures: the prior takes %g for their deviation",
+            dead.sum(),
+            len(std),
+            len(z),
+            LEAST_STD * typical,
+        )
+    return jnp.float32(mean), jnp.float32(np.where(dead, LEAST_STD * typical, std))
 
 
 def measure_x0_error(
