@@ -34,18 +34,11 @@ def test_statistics_are_those_of_the_embeddings(tiny_models):
     np.testing.assert_allclose(statistics["z_image_std"], z.std(0), rtol=1e-3)
 
 
-def statistics_of(z):
-    """What the prior makes of pictures whose embeddings are z, [n, d]."""
-    batches = iter(np.split(np.float32(z), len(z) // 8))
-    seen = ({"z_image": jnp.asarray(batch)} for batch in batches)
-    return prior.embedding_statistics(None, None, seen, len(z))
-
-
 def test_a_dimension_in_which_nothing_varies(caplog):
     z = np.random.default_rng(0).normal(2.0, 0.5, (64, 6))
     z[:, 2] = 7.0
-    mean, std = statistics_of(z)
-    typical = np.sqrt(np.mean(np.float32(z).std(0) ** 2))
+    mean, std = prior.mean_and_deviation(z)
+    typical = np.sqrt(np.mean(z.std(0) ** 2))
     np.testing.assert_allclose(std[2], 1e-3 * typical, rtol=1e-5)
     rest = np.arange(6) != 2
     np.testing.assert_allclose(std[rest], z.std(0)[rest], rtol=1e-5)
@@ -62,7 +55,7 @@ def test_a_dimension_in_which_nothing_varies(caplog):
 )
 def test_embeddings_that_no_prior_can_learn(z, message):
     with pytest.raises(UserError, match=message):
-        statistics_of(z)
+        prior.mean_and_deviation(z)
 
 
 def test_a_model_whose_statistics_have_a_zero():

@@ -34,8 +34,6 @@ from dalle2_jax.stages.stage import (
 
 log = logging.getLogger(__name__)
 
-LEAST_STD = 1e-3  # of a dimension's embeddings, beside the others'
-
 
 def network(config: ConfigDict, clip: Mapping[str, Any]) -> dict[str, Any]:
     """DiffusionPrior's arguments: ``config.net`` with the numbers of CLIP's net."""
@@ -160,17 +158,26 @@ def embedding_statistics(
     """Mean and standard deviation of z_image, per dimension, over the first examples.
 
     The diffusion works on (z_image - mean) / std, as Karlo's does; the paper scales
-    by the constant 17.2 to the same end. A dimension in which next to nothing varies
-    gets a thousandth of the others' deviation, with a warning.
-
-    Raises:
-      UserError: all embeddings are the same, or some are not finite.
+    by the constant 17.2 to the same end.
     """
     encode = jax.jit(lambda p, batch: see(clip, p, batch))
     seen: list[np.ndarray] = []
     while sum(map(len, seen)) < examples:
         seen.append(np.asarray(encode(params, next(batches)), np.float64))
-    z = np.concatenate(seen)
+    return mean_and_deviation(np.concatenate(seen))
+
+
+def mean_and_deviation(
+    z: Float[np.ndarray, "n d"],
+) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
+    """Mean and standard deviation of embeddings, per dimension.
+
+    A dimension in which next to nothing varies gets a thousandth of the deviation of
+    the others, with a warning, as the prior divides by it.
+
+    Raises:
+      UserError: all embeddings are the same, or some are not finite.
+    """
     if not np.isfinite(z).all():
         raise UserError(
             f"CLIP's embeddings of the first {len(z)} pictures are not finite: give a "
@@ -183,17 +190,17 @@ def embedding_statistics(
             f"CLIP's embeddings of the first {len(z)} pictures are all the same: the "
             "prior needs different pictures, and a base model that tells them apart"
         )
-    dead = std < LEAST_STD * typical
-    if dead.any():
+    least = 1e-3 * typical
+    if (std < least).any():
         log.warning(
             "%d of %d dimensions of CLIP's embeddings are the same for the first %d "
-            "pictures: the prior takes %g for their deviation",
-            dead.sum(),
+            "pictures: the prior takes %.3g for their deviation",
+            np.sum(std < least),
             len(std),
             len(z),
-            LEAST_STD * typical,
+            least,
         )
-    return jnp.float32(mean), jnp.float32(np.where(dead, LEAST_STD * typical, std))
+    return jnp.float32(mean), jnp.float32(np.maximum(std, least))
 
 
 def measure_x0_error(
