@@ -17,10 +17,9 @@ caption), classifier, duplicate. Examples that can't be used are counted by the 
 and are in neither list.
 """
 
-from pathlib import Path
-
 from absl import flags
 
+from dalle2_jax import storage
 from dalle2_jax.errors import UserError
 from dalle2_jax.flags import run
 
@@ -63,6 +62,7 @@ def main() -> None:
     """The command: reads the flags, and writes which examples are kept, and why."""
     if not OUT.value:
         raise UserError("no --out: give a directory")
+    out = storage.directory(OUT.value, "--out")
     bounds = LIMITS["min_classifier"].value, LIMITS["max_classifier"].value
     if (CLASSIFIER.value is None) != (bounds == (None, None)):
         raise UserError(
@@ -94,7 +94,6 @@ def main() -> None:
         threads=THREADS.value,
         workers=WORKERS.value,
     )
-    out = Path(OUT.value).expanduser()
     choose.write(out, kept, removed, report)
     print(f"{report['kept']} of {report['examples']} examples stay: {out}/keep.jsonl")
     for rule, number in report["removed"].most_common():

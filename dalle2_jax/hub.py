@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from dalle2_jax import checkpoint
+from dalle2_jax import checkpoint, storage
 from dalle2_jax.convert import karlo, weights
 from dalle2_jax.errors import UserError, first_line
 from dalle2_jax.pipeline import models
@@ -32,9 +32,9 @@ def load(
     the model in ``dtype``, and one weight.
 
     Args:
-      paths: of each a directory or a hub id: an exported model, a folder of a diffusers
-        unCLIP pipeline ("kakaobrain/karlo-v1-alpha"), or of a transformers CLIPModel
-        ("openai/clip-vit-large-patch14"). None at all: the bundled model. Several are
+      paths: of each a directory, a URL (gs://, s3://) or a hub id: an exported model, a
+        folder of a diffusers unCLIP pipeline ("kakaobrain/karlo-v1-alpha"), or of a
+        transformers CLIPModel ("openai/clip-vit-large-patch14"). None at all: the bundled model. Several are
         put together, and of parts that more than one has the last is taken. But a CLIP
         with both towers goes before one that has only the text's.
       dtype: of the params and the activations: "float32", "bfloat16" or "float16".
@@ -101,7 +101,7 @@ def _load(
 
 
 def find(path: str | Path) -> Path:
-    """The directory of a model: itself, "bundled", or the hub's files of that name.
+    """The directory of a model: itself, "bundled", a copy of a URL or of the hub's.
 
     Raises:
       UserError: there is no such directory, and the hub has no such name, or can't be
@@ -109,7 +109,9 @@ def find(path: str | Path) -> Path:
     """
     if path == "bundled":
         return checkpoint.BUNDLED
-    folder = Path(path).expanduser()
+    if storage.url(path):
+        return storage.fetch(path)
+    folder = storage.expand(path)
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return folder
     from huggingface_hub import snapshot_download
