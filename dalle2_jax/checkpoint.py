@@ -1,5 +1,4 @@
-"""Exported models: a directory with everything that sampling needs, nothing pickled.
-
+"""Exported models: a directory with everything that sampling needs, nothing pickled:
 
 config.json                  {"format": 1, "parts": {NAME: {...}}, ...}
 NAME.safetensors             the params of one part, named "a/b/kernel"

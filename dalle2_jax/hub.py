@@ -34,9 +34,10 @@ def load(
     Args:
       paths: of each a directory, a URL (gs://, s3://) or a hub id: an exported model, a
         folder of a diffusers unCLIP pipeline ("kakaobrain/karlo-v1-alpha"), or of a
-        transformers CLIPModel ("openai/clip-vit-large-patch14"). None at all: the bundled model. Several are
-        put together, and of parts that more than one has the last is taken. But a CLIP
-        with both towers goes before one that has only the text's.
+        transformers CLIPModel ("openai/clip-vit-large-patch14"). None at
+        all: the bundled model. Several are put together, and of parts that more than
+        one has the last is taken. But a CLIP with both towers goes before one that has
+        only the text's.
       dtype: of the params and the activations: "float32", "bfloat16" or "float16".
       offload: keep the params in the host's memory, and on the devices only those of
         the network that runs.

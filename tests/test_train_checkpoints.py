@@ -120,8 +120,8 @@ def test_a_run_with_no_complete_step_does_not_start_anew(folder):
 
 def test_what_a_killed_process_left_is_no_step(folder):
     (folder / "9.orbax-checkpoint-tmp-1").mkdir()
-    for name in ("012", "11"):
-        (folder / name).touch()
+    (folder / "012").mkdir()
+    (folder / "11").touch()
     assert restore(folder) == (7, {"lr": 7}, [])
     assert not (folder / "9.orbax-checkpoint-tmp-1").exists()
 

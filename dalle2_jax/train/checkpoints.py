@@ -19,6 +19,7 @@ from dalle2_jax.errors import UserError, first_line
 
 # Without one of these a step can't be read: a copy was cut short, or a file deleted.
 FILES = ("config/metadata", "state/_METADATA", "state/manifest.ocdbt")
+_STEP = re.compile("0|[1-9][0-9]*")
 # What orbax raises of what it finds in a file.
 _DAMAGE = (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError)
 
@@ -87,7 +88,7 @@ class Run:
     def _tidy(self) -> None:
         """Sets aside the steps that can't be read, and deletes unfinished ones."""
         paths = list(self._path.iterdir()) if self._path.exists() else []
-        steps = [p for p in paths if re.fullmatch("[0-9]+", p.name) and p.is_dir()]
+        steps = [p for p in paths if _STEP.fullmatch(p.name) and p.is_dir()]
         # What a killed process left: a name of its own, or, where nothing can be
         # renamed, a directory that the last file is missing from.
         if storage.url(self.directory):
@@ -109,16 +110,16 @@ class Run:
             )
         # All have looked before anything changes.
         multihost_utils.sync_global_devices("checkpoints listed")
-        for path, names in incomplete.items():
-            aside = f"{path.name}.incomplete"
-            if jax.process_index() == 0:
-                (path.parent / aside).rmtree(missing_ok=True)
-                path.rename(path.parent / aside)
-            self.notes.append(
-                f"checkpoint {path.name} is not complete, {names[0]} is missing: it is "
-                f"passed over, and is now {self.directory}/{aside}"
-            )
         if jax.process_index() == 0:
+            for path, names in incomplete.items():
+                aside = f"{path.name}.incomplete"
+                while (path.parent / aside).exists():
+                    aside += "_"
+                path.rename(path.parent / aside)
+                self.notes.append(
+                    f"checkpoint {path.name} is not complete, {names[0]} is missing: "
+                    f"it is passed over, and is now {self.directory}/{aside}"
+                )
             # Orbax would do it in the background, and fail at the next save if two
             # processes did it at the same time.
             for path in unfinished:
@@ -230,7 +231,8 @@ class Run:
             raise
         # Of object storage, each package has errors of its own.
         except Exception as error:
-            if not isinstance(error, _DAMAGE) and not storage.url(self.directory):
+            known = isinstance(error, ValueError | OSError)
+            if not known and not storage.url(self.directory):
                 raise
             raise UserError(
                 f"cannot save a checkpoint to {self.directory}, where the last one is "
@@ -243,7 +245,7 @@ class Run:
             names = [path.name for path in self._path.iterdir()]
         except Exception:  # the reason is told already
             names = []
-        steps = [int(name) for name in names if re.fullmatch("[0-9]+", name)]
+        steps = [int(name) for name in names if _STEP.fullmatch(name)]
         return max(steps, default="none")
 
     def _told(self, error: Exception) -> str:
