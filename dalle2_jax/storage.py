@@ -48,18 +48,23 @@ def directory(path: str | os.PathLike, name: str) -> Path:
 def expand(path: str | os.PathLike) -> Path:
     """Return a path of this machine with "~" expanded.
 
-    Raises UserError if there is no such user, or the path has a zero byte or is not
-    UTF-8, which the libraries that read and write models need.
+    Raises UserError if there is no such user, the path is too long or may not be looked
+    at, or it has a zero byte or is not UTF-8, which the libraries that read and write
+    models need.
     """
     text = os.fspath(path)
     if re.search("[\0\ud800-\udfff]", text):
         raise UserError(f"{text!a} is no path of UTF-8 text: rename the directory")
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        found.exists()
+        return found
     except RuntimeError as error:
         raise UserError(
             f"{path}: {first_line(error).rstrip('.')}; write the path without ~"
         ) from error
+    except OSError as error:
+        raise UserError(f"cannot use the path {text:.200}: {error.strerror}") from error
 
 
 def join(path: str | os.PathLike, *names: str) -> str:
@@ -87,6 +92,8 @@ def file_system(location: str) -> tuple[Any, str]:
             f"{location}: there is no {kind}://: give a directory, or a URL as gs:// "
             "or s3://"
         ) from error
+    except OSError as error:  # some connect at once
+        raise UserError(f"cannot reach {location}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

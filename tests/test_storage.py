@@ -49,6 +49,14 @@ def test_a_directory_is_absolute(monkeypatch, tmp_path):
     assert storage.directory("~/a", "--out") == Path("/home/me/a")
 
 
+def test_a_path_that_is_too_long(tmp_path):
+    for use in (storage.expand, checkpoint.load):
+        with pytest.raises(
+            UserError, match="cannot use the path .*aaa: File name too l"
+        ):
+            use(tmp_path / ("a" * 300))
+
+
 def export(path, value, *parts):
     params = {part: {"kernel": np.float32([value])} for part in parts}
     config = {"parts": {part: {} for part in parts}}
@@ -108,6 +116,7 @@ def test_names_that_lead_out_of_a_copy(memory, monkeypatch):
         ("memory://nothing", "memory://nothing is not a model: it has no config.json"),
         ("foo://bucket/a", "foo://bucket/a: there is no foo://: give a directory, or"),
         ("gs://bucket/a", r"gs:// needs another package: pip install 'dalle2_jax\[gcs"),
+        ("ftp://localhost:1/a", "cannot reach ftp://localhost:1/a: .*refused"),
     ],
 )
 def test_a_url_that_cannot_be_read(memory, monkeypatch, url, message):
