@@ -41,6 +41,11 @@ def test_a_run_in_object_storage(bucket):
     assert bucket.cat_file("/bucket/runs/a/metrics.jsonl") == b"1\n2\n"
     assert bucket.cat_file("/bucket/runs/a/previews/x.png") == b"x"
 
+    with pytest.raises(Crash), workdir.alone():
+        (workdir.files / "previews" / "x.png").write_bytes(b"y")
+        raise Crash
+    assert bucket.cat_file("/bucket/runs/a/previews/x.png") == b"y"
+
     resumed = Workdir("gs://bucket/runs/a")
     assert (resumed.files / "metrics.jsonl").read_text() == "1\n2\n"
     bucket.pipe_file("/bucket/runs/a/metrics.jsonl", b"as it was")

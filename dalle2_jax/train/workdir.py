@@ -90,9 +90,16 @@ class Workdir:
         """Keep other runs out, as they would spoil each other's files.
 
         The system ends the lock with the process, however that ends. Object storage has
-        no such lock.
+        no such lock; what has changed is uploaded at the end, also after an error.
         """
-        if self._url or jax.process_index() > 0:
+        if self._url:
+            try:
+                yield
+            finally:
+                with contextlib.suppress(UserError):  # the first error is to be told
+                    self.push()
+            return
+        if jax.process_index() > 0:
             yield
             return
         try:
