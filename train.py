@@ -8,7 +8,7 @@ they are told --coordinator=HOST:PORT --num_processes=N --process_id=I.
 """
 
 import math
-from pathlib import Path
+import os
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -20,7 +20,9 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configs/STAGE.py:SIZE; --config.key=value changes a key."
 )
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where checkpoints, metrics, previews and the model go."
+    "workdir",
+    None,
+    "Where checkpoints, metrics, previews and the model go; gs://BUCKET/PATH, too.",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, where several are started by hand."
@@ -31,7 +33,7 @@ PROCESSES = flags.DEFINE_integer(
 PROCESS = flags.DEFINE_integer("process_id", None, "Which this is, from 0.")
 
 
-def train(config: ConfigDict, workdir: Path) -> bool:
+def train(config: ConfigDict, workdir: str | os.PathLike) -> bool:
     """Trains what the config describes; False if it was interrupted (and saved).
 
     A config with ``stages`` trains each in WORKDIR/STAGE, upon the model of the one
@@ -40,18 +42,18 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     # Imported late, so that a mistake in the flags is told at once.
     import jax
 
-    from dalle2_jax import checkpoint, parts
+    from dalle2_jax import checkpoint, parts, storage
     from dalle2_jax.train import loop
 
     if "stages" in config:
         base = ""
         for name in config.stages:
             config[name].base = base
-            if not train(config[name], workdir / name):
+            if not train(config[name], storage.join(workdir, name)):
                 return False
-            base = str(workdir / name / "model")
+            base = storage.join(workdir, name, "model")
         if jax.process_index() == 0:
-            checkpoint.copy(base, workdir / "model")
+            checkpoint.copy(base, storage.join(workdir, "model"))
         return True
     stage = parts.make_stage(config)
     state = loop.train(
@@ -82,7 +84,7 @@ def main() -> None:
     if not jax.distributed.is_initialized():
         cpu.use_cores(math.gcd(*(s.batch_size // max(s.accumulate, 1) for s in stages)))
     with cluster.leaving():
-        train(config, Path(WORKDIR.value))
+        train(config, WORKDIR.value)
 
 
 if __name__ == "__main__":

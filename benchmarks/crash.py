@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dalle2_jax import checkpoint
+from dalle2_jax.train import checkpoints
 
 ROOT = Path(__file__).parents[1]
 SAVE_EVERY = 5
@@ -108,7 +108,7 @@ def wait(until: Callable[[], bool], processes: list[subprocess.Popen]) -> bool:
 def state(workdir: Path) -> Any:
     """What the last checkpoint holds."""
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    with checkpoint.Run(workdir / "checkpoints") as run:
+    with checkpoints.Run(workdir / "checkpoints") as run:
         shapes = run.shapes()
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes

@@ -8,8 +8,6 @@ copy of the model in --out has the errors in its statistics, and its config says
 sampling.variance "analytic", as Table 3 of arXiv 2204.06125 does.
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -53,7 +51,7 @@ def main() -> None:
         statistics={**model.statistics, "prior_x0_error": error},
     )
     shown = ", ".join(f"{error[t]:.4f} at {t}" for t in (0, len(error) // 2, -1))
-    print(f"mean squared error of x0: {shown}; the model is in {Path(OUT.value)}")
+    print(f"mean squared error of x0: {shown}; the model is in {OUT.value}")
 
 
 if __name__ == "__main__":

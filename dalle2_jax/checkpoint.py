@@ -1,18 +1,16 @@
-"""What is kept on disk: the checkpoints of a training run, and exported models.
+"""Exported models: a directory with everything that sampling needs, nothing pickled:
 
-A run's checkpoints hold the whole TrainState and are read only to resume it. A model is
-a directory with everything that sampling needs, and nothing pickled:
-
-    config.json                  {"format": 1, "parts": {NAME: {...}}, "sha256": {...}}
-    NAME.safetensors             the params of one part, named "a/b/kernel"
-    tokenizer/
-    statistics.safetensors       for instance mean and deviation of the embeddings
+config.json                  {"format": 1, "parts": {NAME: {...}}, "sha256": {...}}
+NAME.safetensors             the params of one part, named "a/b/kernel"
+tokenizer/
+statistics.safetensors       for instance mean and deviation of the embeddings
 """
 
 import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -22,12 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from dalle2_jax import tensors
-from dalle2_jax.errors import UserError, cut, first_line, short
+from dalle2_jax import storage, tensors
+from dalle2_jax.errors import UserError, cut, short
 from dalle2_jax.files import read_json
 
 # What is done with each param as it is read, so that no more than one lies around: it
@@ -64,7 +61,7 @@ def export(
     """Writes a model; a model that is already there is replaced as a whole.
 
     Args:
-        directory: where to; what is there already must be a model, or empty.
+        directory: where to, or a URL; what is there already must be a model, or empty.
         params: of each part by its name, nested dicts of arrays.
         config: what config.json holds, with an entry in config["parts"] for each part.
         tokenizer: anything with `save(directory)`, or None.
@@ -89,14 +86,15 @@ def copy(
     """Copies a model; one that is already there is replaced as a whole.
 
     Args:
-        model, directory: from where and to where.
+        model, directory: from where and to where; each may be a URL.
         dtype: of the params in the copy, as "float16" to halve its size; None keeps
             what they have. Statistics stay as they are.
     """
     with _replacing(directory) as new:
-        shutil.copytree(model, new, dirs_exist_ok=True)
+        source = storage.fetch(model)
+        shutil.copytree(source, new, dirs_exist_ok=True)
         if dtype is not None:
-            found = load(model, place=lambda array: tensors.cast(array, dtype))
+            found = load(source, place=lambda array: tensors.cast(array, dtype))
             for name, params in found.params.items():
                 _save(new / f"{name}.safetensors", params)
             _write_config(new, found.config)
@@ -111,7 +109,7 @@ def load(
     """Read what `export` wrote.
 
     Args:
-        directory: the model.
+        directory: the model, or its URL, from which it is copied for this process.
         place: called with each param, not with statistics; numpy's arrays stay by
             default.
         only: the parts to read; None for all.
@@ -122,7 +120,7 @@ def load(
             other bytes than were written, or a param is not finite. Models of version
             0.1 have no checksums and are read without.
     """
-    directory = Path(directory).expanduser()
+    directory = storage.fetch(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(
@@ -245,7 +243,7 @@ def check(params: Any, abstract: Any, where: str | Path) -> None:
         ],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{k}: {_some(v)}" for k, v in problems.items() if v)
+        listed = "; ".join(f"{k}: {shorten(v)}" for k, v in problems.items() if v)
         raise UserError(f"{where} does not fit this config: {listed}")
 
 
@@ -259,170 +257,36 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()
 
 
-class Run:
-    """The checkpoints of a training run, DIRECTORY/STEP.
-
-    Saving is asynchronous, and a step counts only once it is complete: a process killed
-    while saving leaves the step before as the latest. With several processes, all of
-    them call every method.
-    """
-
-    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0):
-        """The last `keep` steps stay, and those that `keep_every` divides, if not 0."""
-        if keep < 1:
-            raise UserError(f"keep is {keep}: at least one checkpoint must be kept")
-        if keep_every < 0:
-            raise UserError(f"keep_every is {keep_every}: give steps, or 0 for none")
-        self.directory = Path(directory).absolute()
-        if jax.process_index() == 0:
-            # What a killed process left. (Orbax would do it in the background, and fail
-            # at the next save if two processes did it at the same time.)
-            for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                keep_period=keep_every or None,
-                # So that a directory that can't be made is told at once: the threads
-                # that write would wait for it for minutes, and the process for them.
-                async_options=ocp.options.AsyncOptions(
-                    create_directories_asynchronously=False
-                ),
-            ),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "config": ocp.JsonCheckpointHandler(),
-            },
-        )
-
-    def latest_step(self) -> int | None:
-        """The last complete step, or None."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, state: Any, config: Mapping[str, Any]) -> None:
-        """Starts to save the state; the caller may donate its buffers right away.
-
-        Raises:
-            UserError: the step before could not be written.
-        """
-        if step == self.latest_step():
-            return
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(dict(config))
-        )
-        with self._writing():
-            self._manager.save(step, args=args)
-
-    def wait(self) -> None:
-        """Returns when all that was saved is complete on disk."""
-        with self._writing():
-            self._manager.wait_until_finished()
-
-    def config(self) -> dict[str, Any]:
-        """The config that the latest step was saved with."""
-        args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        with self._reading() as step:
-            return self._manager.restore(step, args=args).config
-
-    def shapes(self) -> Any:
-        """What the latest step holds: a tree of things with a shape and a dtype."""
-        with self._reading() as step:
-            return self._manager.item_metadata(step)["state"]
-
-    def restore(self, abstract: Any, changed: Sequence[str] = ()) -> Any:
-        """Reads the latest step.
-
-        Args:
-            abstract: tree of `jax.ShapeDtypeStruct` with the shardings to restore to.
-            changed: what `changes` found in the config, for the message.
-
-        Raises:
-            UserError: names or shapes differ, or a file can't be read.
-        """
-        try:
-            # Compared here because orbax would tell the difference in pages.
-            where = self.directory / str(self.latest_step())
-            check(self.shapes(), abstract, where)
-        except UserError as error:
-            raise UserError(
-                f"{error}; since it was saved, {_some(changed) or 'nothing'} changed "
-                "in the config: change it back, or train in another workdir"
-            ) from None
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        with self._reading() as step:
-            return self._manager.restore(step, args=args).state
-
-    def reached_preemption(self, step: int) -> bool:
-        """Whether all processes of a cluster are to save at this step and stop."""
-        return self._manager.reached_preemption(step)
-
-    def close(self) -> None:
-        """Waits, and stops the threads that write."""
-        with self._writing():
-            self._manager.close()
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[int]:
-        step = self.latest_step()
-        try:
-            yield step
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"cannot read {self.directory / str(step)}, remove it to resume from "
-                f"the one before: {first_line(error)}"
-            ) from error
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            # What is on disk: orbax counts the step that it could not save.
-            names = (path.name for path in self.directory.glob("*"))
-            steps = [int(name) for name in names if name.isdigit()]
-            raise UserError(
-                f"cannot save a checkpoint to {self.directory}, where the last one is "
-                f"of step {max(steps, default='none')}: {first_line(error)}"
-            ) from error
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two configs, as "net.width 64 -> 128"."""
-    old, new = flatten_dict(old, sep="."), flatten_dict(new, sep=".")
-    return [
-        f"{key} {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-
-
 @contextlib.contextmanager
-def _replacing(directory: str | Path) -> Iterator[Path]:
+def _replacing(directory: str | os.PathLike) -> Iterator[Path]:
     """Yields a new directory, which at the end is put in the place of a model.
 
     So nobody sees a half-written model, and what fails leaves the old one there.
     """
-    directory = Path(directory).expanduser().absolute()
-    if directory.exists() and not (directory / "config.json").exists():
-        if not directory.is_dir() or any(directory.iterdir()):
+    location = storage.url(directory)
+    directory = location or storage.expand(directory).absolute()
+    try:
+        if location:
+            names = storage.names(location)
+        elif directory.is_dir():
+            names = os.listdir(directory)
+        else:
+            names = ["a file"] * directory.exists()
+        if names and "config.json" not in names:
             raise UserError(
                 f"{directory} exists and is not a model: give a new directory"
             )
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        if not location:
+            directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
-            dir=directory.parent, prefix=f".{directory.name}-"
+            dir=None if location else directory.parent, prefix=".model-"
         ) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
             yield new
+            if location:
+                storage.replace(new, location, last="config.json")
+                return
             if directory.exists():
                 directory.rename(Path(scratch) / "old")
             new.rename(directory)
@@ -472,6 +336,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name(k, simple=True, separator="/"): tuple(v.shape) for k, v in leaves}
 
 
-def _some(names: Sequence[str], limit: int = 8) -> str:
+def shorten(names: Sequence[str], limit: int = 8) -> str:
+    """Return the first names and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(cut(name, 100) for name in names[:limit]) + more

@@ -14,10 +14,9 @@ where JAX knows of them, or as --process_count and --process_index say.
 A program calls pipeline.embed instead: the name dalle2_jax.embed is a function's.
 """
 
-import os
-
 from absl import flags
 
+from dalle2_jax import storage
 from dalle2_jax.errors import UserError
 from dalle2_jax.flags import run
 
@@ -49,6 +48,8 @@ def main() -> None:
     for flag in (MODEL, OUT):
         if not flag.value:
             raise UserError(f"no --{flag.name}: give a directory")
+
+    out = storage.directory(OUT.value, "--out")
 
     import jax
 
@@ -85,7 +86,7 @@ def main() -> None:
     metadata = embed(
         clip,
         source,
-        os.path.expanduser(OUT.value),
+        out,
         settings,
         batch_size=BATCH_SIZE.value,
         threads=THREADS.value,

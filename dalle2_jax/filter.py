@@ -17,11 +17,9 @@ caption), classifier, duplicate. Examples that can't be used are counted by the 
 and are in neither list.
 """
 
-import os
-from pathlib import Path
-
 from absl import flags
 
+from dalle2_jax import storage
 from dalle2_jax.errors import UserError
 from dalle2_jax.flags import run
 
@@ -64,6 +62,7 @@ def main() -> None:
     """The command: reads the flags, and writes which examples are kept, and why."""
     if not OUT.value:
         raise UserError("no --out: give a directory")
+    out = storage.directory(OUT.value, "--out")
     bounds = LIMITS["min_classifier"].value, LIMITS["max_classifier"].value
     if (CLASSIFIER.value is None) != (bounds == (None, None)):
         raise UserError(
@@ -95,7 +94,6 @@ def main() -> None:
         threads=THREADS.value,
         workers=WORKERS.value,
     )
-    out = Path(os.path.expanduser(OUT.value))
     choose.write(out, kept, removed, report)
     print(f"{report['kept']} of {report['examples']} examples stay: {out}/keep.jsonl")
     for rule, number in report["removed"].most_common():

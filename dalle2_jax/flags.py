@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from logging import CRITICAL, getLogger
+from logging import CRITICAL, WARNING, getLogger
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -39,11 +40,26 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             _fail(str(error))
+        # JAX looks for devices where they are first needed, with errors of any kind.
+        except (AssertionError, RuntimeError):
+            from dalle2_jax import xla
+
+            if problem := xla.backend_problem():
+                _fail(problem)
+            raise
 
     # Orbax tells all that it does, and of a save that fails many times what it raises.
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel(CRITICAL)
+    getLogger("dalle2_jax").setLevel(WARNING)
+    sys.unraisablehook = _tell_unraisable
     app.run(call, flags_parser=parse)
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+    """As Python does, but for what TensorStore ends after its reader has failed."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message: str) -> None:

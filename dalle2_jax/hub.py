@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle2_jax import checkpoint, tensors
+from dalle2_jax import checkpoint, storage, tensors
 from dalle2_jax.convert import karlo, weights
 from dalle2_jax.errors import UserError, first_line
 from dalle2_jax.pipeline import accept, models
@@ -34,12 +34,13 @@ def load(
     the model in ``dtype``, and one weight.
 
     Args:
-      paths: of each a directory or a hub id: an exported model, a folder of a diffusers
-        unCLIP pipeline ("kakaobrain/karlo-v1-alpha"), or of a transformers CLIPModel
-        ("openai/clip-vit-large-patch14") or one tower of it with its projection. None
-        at all: the bundled model. Several are put together, and of parts that more than
-        one has the last is taken. But a CLIP with both towers goes before one that has
-        only one of them, and two of one tower each make one with both.
+      paths: of each a directory, a URL (gs://, s3://) or a hub id: an exported model, a
+        folder of a diffusers unCLIP pipeline ("kakaobrain/karlo-v1-alpha"), or of a
+        transformers CLIPModel ("openai/clip-vit-large-patch14") or one tower of it with
+        its projection. None at all: the bundled model. Several are put together, and of
+        parts that more than one has the last is taken. But a CLIP with both towers goes
+        before one that has only one of them, and two of one tower each make one with
+        both.
       dtype: of the params and the activations: "float32", "bfloat16" or "float16".
       offload: keep the params in the host's memory, and on the devices only those of
         the network that runs.
@@ -122,7 +123,7 @@ def _load(
 
 
 def find(path: str | Path, variant: str | None = None) -> Path:
-    """Return the directory of a model: itself, "bundled", or the hub's files of a name.
+    """Return a model's directory: itself, "bundled", or a copy of a URL or the hub's.
 
     Of each part the weights are fetched that `weights.choose` prefers, and no others.
 
@@ -132,7 +133,9 @@ def find(path: str | Path, variant: str | None = None) -> Path:
     """
     if path == "bundled":
         return checkpoint.BUNDLED
-    folder = Path(path).expanduser()
+    if storage.url(path):
+        return storage.fetch(path)
+    folder = storage.expand(path)
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return folder
     try:

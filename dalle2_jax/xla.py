@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from dalle2_jax.errors import first_line
+
 # What is left to YNNPACK: products of matrices, and sums.
 _CONVOLUTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
@@ -28,6 +30,29 @@ def compiler_options() -> dict[str, str]:
     except (ValueError, RuntimeError):
         return {}
     return _CONVOLUTIONS
+
+
+def backend_problem() -> str | None:
+    """Return why JAX has no devices, in one line, or None if it has."""
+    try:
+        jax.devices()
+        return None
+    # AssertionError for a GPU that is not there, RuntimeError for an unknown platform.
+    except (AssertionError, RuntimeError) as error:
+        problem = first_line(error) if str(error) else "there are none"
+    wanted = jax.config.jax_platforms
+    if not wanted:
+        return f"JAX finds no devices: {problem}"
+    jax.config.update("jax_platforms", "")
+    try:
+        there = ", ".join(sorted({device.platform for device in jax.devices()}))
+    except (AssertionError, RuntimeError):
+        there = "none"
+    return (
+        f"JAX_PLATFORMS={wanted}: JAX finds {there} here and can't use these "
+        f"({problem}): unset JAX_PLATFORMS, or install what they need, as with pip "
+        "install 'jax[cuda12]'"
+    )
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:

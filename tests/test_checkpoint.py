@@ -104,6 +104,26 @@ def test_copy_in_half_precision(model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before.statistics, after.statistics)
 
 
+def test_a_path_with_a_tilde(model, monkeypatch):
+    monkeypatch.setenv("HOME", str(model.parent))
+    checkpoint.copy("~/model", "~/copy")
+    for path in ("~/model", "~/copy"):
+        assert_equal(checkpoint.load(path).params, jax.device_get(PARAMS))
+    with pytest.raises(UserError, match="~nobody-here/model: .*write the path without"):
+        checkpoint.load("~nobody-here/model")
+
+
+@pytest.mark.parametrize("name", ["bytes \udcff", "zero \0"])
+def test_a_path_that_is_no_text(tmp_path, name):
+    for attempt in (
+        lambda: checkpoint.load(tmp_path / name),
+        lambda: checkpoint.export(tmp_path / name, params={}, config={"parts": {}}),
+    ):
+        with pytest.raises(UserError, match="is no path of UTF-8 text: rename") as e:
+            attempt()
+        str(e.value).encode()
+
+
 def test_an_export_replaces_a_model_as_a_whole(model):
     config = {"parts": {"clip": {}}}
     checkpoint.export(model, params={"clip": PARAMS["clip"]}, config=config)
@@ -163,6 +183,7 @@ def test_a_model_that_cannot_be_read(model, name, size, message):
     "text, message",
     [
         ("[]", "must hold a JSON object"),
+        ("[" * 10**5, "is not valid JSON: more than 100 levels deep"),
         ("{}", "is not the config of a model"),
         ("3", "must hold a JSON object"),
         ('{"format": 1, "parts": 3}', "is not the config of a model"),
@@ -172,6 +193,17 @@ def test_a_config_of_something_else(model, text, message):
     (model / "config.json").write_text(text)
     with pytest.raises(UserError, match=f"config.json {message}"):
         checkpoint.load(model)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite(tmp_path, value):
+    kernel = np.full((2, 3), 1, ml_dtypes.bfloat16)
+    kernel[1, 2] = value
+    params, config = {"clip": {"text": {"kernel": kernel}}}, {"parts": {"clip": {}}}
+    checkpoint.export(tmp_path / "model", params=params, config=config)
+    message = "1 of 6 numbers of text/kernel in .*clip.safetensors are not finite"
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(tmp_path / "model")
 
 
 def test_a_model_of_a_later_format(model):
@@ -203,93 +235,6 @@ def test_check_lists_every_name_that_does_not_fit():
 def test_check_lists_no_more_than_can_be_read():
     with pytest.raises(UserError, match="missing: 0, 1, 2, 3, 4, 5, 6, 7 and 92 more$"):
         checkpoint.check([], [np.zeros(1)] * 100, "model")
-
-
-# Runs
-
-STATE = {"step": jnp.int32(7), "params": {"kernel": jnp.arange(4.0)}}
-
-
-def test_a_run_restores_the_latest_and_keeps_the_last(tmp_path):
-    with checkpoint.Run(tmp_path / "run", keep=2) as run:
-        assert run.latest_step() is None
-        for step in (1, 2, 7):
-            run.save(step, {**STATE, "step": jnp.int32(step)}, {"lr": step})
-    with checkpoint.Run(tmp_path / "run", keep=2) as run:
-        assert run.latest_step() == 7
-        assert run.config() == {"lr": 7}
-        assert_equal(run.restore(jax.eval_shape(lambda: STATE)), STATE)
-        run.save(7, STATE, {})  # is there already
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["2", "7"]
-
-
-def test_what_is_being_saved_may_be_donated(tmp_path):
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = jnp.zeros(2**20)
-    with checkpoint.Run(tmp_path, keep=10) as run:
-        for step in range(6):
-            run.save(step, {"x": x}, {})
-            for _ in range(5):
-                x = add(x)
-        run.wait()
-        abstract = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
-        for step in (5, 4, 3, 2, 1, 0):
-            found = run.restore(abstract)["x"]
-            np.testing.assert_array_equal(found, np.full(2**20, 5 * step))
-            run._manager.delete(step)
-
-
-def test_a_checkpoint_of_another_shape(tmp_path):
-    with checkpoint.Run(tmp_path) as run:
-        run.save(3, STATE, {})
-        other = {**STATE, "params": {"kernel": jnp.zeros(5), "bias": jnp.zeros(1)}}
-        changed = checkpoint.changes({"net": {"width": 4}}, {"net": {"width": 5}})
-        message = (
-            r"/3 does not fit this config: missing: params/bias; "
-            r"wrong shape: params/kernel \(4,\) instead of \(5,\); "
-            r"since it was saved, net.width 4 -> 5 changed in the config: change it"
-        )
-        run.wait()
-        with pytest.raises(UserError, match=message):
-            run.restore(jax.eval_shape(lambda: other), changed)
-
-
-def test_a_damaged_checkpoint(tmp_path):
-    with checkpoint.Run(tmp_path) as run:
-        run.save(3, STATE, {})
-        run.wait()
-        for path in (tmp_path / "3" / "state").rglob("d/*"):
-            truncate(path, -5)
-        with pytest.raises(UserError, match="cannot read .*/3, remove it") as error:
-            run.restore(jax.eval_shape(lambda: STATE))
-        assert "\n" not in str(error.value)
-
-
-def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
-    def fail(step, args):
-        raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nin line 3")
-
-    with checkpoint.Run(tmp_path) as run:
-        monkeypatch.setattr(run._manager, "save", fail)
-        message = "save a checkpoint to .*, where the last one is of step none: .*left"
-        with pytest.raises(UserError, match=message):
-            run.save(3, STATE, {})
-
-
-@pytest.mark.parametrize("name, value", [("keep", 0), ("keep_every", -1)])
-def test_what_cannot_be_kept(tmp_path, name, value):
-    with pytest.raises(UserError, match=f"{name} is {value}"):
-        checkpoint.Run(tmp_path, **{name: value})
-
-
-def test_changes():
-    old = {"steps": 10, "optim": {"b1": 0.9}, "old": 1}
-    new = {"steps": 20, "optim": {"b1": 0.9, "b2": 0.99}}
-    assert checkpoint.changes(old, new) == [
-        "old 1 -> unset",
-        "optim.b2 unset -> 0.99",
-        "steps 10 -> 20",
-    ]
 
 
 def test_fingerprints_tell_names_shapes_and_values():

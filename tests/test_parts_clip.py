@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.special import logsumexp
 
 from dalle2_jax.errors import UserError
@@ -142,3 +143,17 @@ def test_the_similarity_picture_is_bright_on_the_diagonal():
     picture = clip_stage.similarity_picture(jnp.eye(4))
     assert picture.shape == (1, 48, 48, 3)
     assert picture[0, 5, 5, 0] >= 254 and picture[0, 5, 40, 0] == 0
+
+
+def test_a_batch_of_one_has_nothing_to_compare():
+    with pytest.raises(UserError, match="batch_size=1: CLIP .* alone is always 0"):
+        make_stage("clip", batch_size=1)
+
+
+def test_captions_that_are_all_the_same(tmp_path):
+    for name in "abcd":
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a photo")
+    data = {"data.source": "folder", "data.path": str(tmp_path)}
+    with pytest.raises(UserError, match="captions are all 'a photo': CLIP learns"):
+        make_stage("clip", **data, **{"data.folder.holdout": 0.0})

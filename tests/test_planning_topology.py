@@ -29,6 +29,15 @@ def test_a_name_that_is_none(name):
         topology.parse(name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["h100:99999999", "gpu:99999999xh100", "v5e:9999x9999", "h100:" + "9" * 5000],
+)
+def test_more_devices_than_can_be_planned(name):
+    with pytest.raises(UserError, match="most that can be planned|no name of a topol"):
+        topology.parse(name)
+
+
 def test_a_tpu_is_not_counted_as_gpus_are():
     with pytest.raises(UserError, match="as v5e:16x16"):
         topology.parse("h100:2x2")

@@ -37,3 +37,16 @@ def test_no_folder_no_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_user_without_a_home(monkeypatch, caplog):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", fail)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    assert "programs are not kept (Could not determine home" in caplog.text

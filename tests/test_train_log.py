@@ -1,6 +1,7 @@
 """What a run prints and writes."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,6 +86,28 @@ def test_a_resumed_log_drops_what_is_done_again(tmp_path):
         (20, 1.0),
         (30, 2.0),
     ]
+
+
+def test_a_log_with_lines_that_cannot_be_read(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"step": 10, "loss": NaN}'
+    bad = [b"loss 3", b"3", b"{}", b'{"step": "x"}', b"\xff\x00", b"[" * 10**5, b""]
+    path.write_bytes(b"\n".join([bad[0], good, *bad[1:], good, b'{"step": 1']))
+    before = path.read_bytes()
+    with make(tmp_path, start=20) as log:
+        log.scalars(30, {"loss": 2.0})
+    assert path.read_bytes() == good + b"\n" + good + b'\n{"step": 30, "loss": 2.0}\n'
+    assert (tmp_path / "metrics.unread").read_bytes() == before
+    assert f"7 lines of {path} can't be read" in capsys.readouterr().out
+    with make(tmp_path, start=30):
+        assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("make_odd", [Path.mkdir, os.mkfifo])
+def test_a_log_that_is_no_file(tmp_path, make_odd):
+    make_odd(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="cannot write the log to .*metrics.jsonl"):
+        make(tmp_path)
 
 
 def test_previews_are_pictures_and_scalars(tmp_path):

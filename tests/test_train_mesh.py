@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import clip as configs_clip
-from dalle2_jax import checkpoint, parts
+from dalle2_jax import parts
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import layers, unet
 from dalle2_jax.planning import blueprint, topology
-from dalle2_jax.train import mesh
+from dalle2_jax.train import checkpoints, mesh
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_the_products_of_a_block_are_split(module, inputs):
 
 def test_what_was_saved_on_one_mesh_is_restored_on_another(tmp_path):
     state = {"mlp_in": {"kernel": np.random.normal(size=(256, 512))}}
-    with checkpoint.Run(tmp_path, 1, 0) as run:
+    with checkpoints.Run(tmp_path, 1, 0) as run:
         run.save(1, mesh.put(state, mesh.make(fsdp=2, tensor=2)), {})
         run.wait()
         made = mesh.make(fsdp=4, tensor=2)

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from dalle2_jax import checkpoint
+from dalle2_jax.train import checkpoints
 from dalle2_jax.train.mesh import with_shardings
 
 SCRIPT = Path(__file__).with_name("test_train_loop.py")
@@ -78,7 +79,7 @@ def test_a_run_goes_on_in_other_processes_and_on_another_mesh(tmp_path):
     here = SingleDeviceSharding(jax.devices()[0])
     states = []
     for workdir in (parts, whole):
-        with checkpoint.Run(workdir / "checkpoints") as run:
+        with checkpoints.Run(workdir / "checkpoints") as run:
             shapes = run.shapes()
             places = jax.tree.map(lambda _: here, shapes)
             states.append(run.restore(with_shardings(shapes, places)))

@@ -1,8 +1,11 @@
 """What XLA is told, and that it does the same."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dalle2_jax import xla
 
@@ -43,3 +46,31 @@ def test_jit_compiles_once():
 
     assert double(jnp.float32(2)) == 4 and double(jnp.float32(3)) == 6
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (AssertionError(), "there are none"),
+        (RuntimeError("Unable to initialize 'cuda'\nat line 3"), "Unable to init.*da'"),
+    ],
+)
+def test_devices_that_are_not_here(monkeypatch, error, reason):
+    devices, before = jax.devices, jax.config.jax_platforms
+
+    def find():
+        if jax.config.jax_platforms == "cuda":
+            raise error
+        return devices()
+
+    monkeypatch.setattr(jax, "devices", find)
+    assert xla.backend_problem() is None
+    jax.config.update("jax_platforms", "cuda")
+    try:
+        said = xla.backend_problem()
+    finally:
+        jax.config.update("jax_platforms", before)
+    found = (
+        f"JAX_PLATFORMS=cuda: JAX finds cpu here and can't use these .{reason}.: unset"
+    )
+    assert re.match(found, said) and "\n" not in said

@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint, parts
+from dalle2_jax import parts
 from dalle2_jax.checks.finding import Finding, ok
 from dalle2_jax.data.examples import Source
 from dalle2_jax.errors import UserError, first_line
-from dalle2_jax.train import log, loop, measure, optim, update
+from dalle2_jax.train import checkpoints, log, loop, measure, optim, update
 from dalle2_jax.train import mesh as meshes
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ def check(config: ConfigDict, load: parts.Load) -> tuple[list[Finding], Setup]:
     optimizer = attempt("optimiser", lambda: optim.make(config.steps, **config.optim))
     attempt("log", lambda: measure.span(config.profile, 0))
     attempt("log", lambda: log.check_writers(config.tensorboard, config.wandb))
-    attempt("keep", lambda: loop.check_keeping(config))
+    attempt("keep", lambda: loop.check_intervals(config))
     attempt("keep", lambda: _open_run(config))
     open_source = functools.partial(parts.stage.open_source, config)
     source = attempt("data", lambda: open_source("train"))
@@ -131,4 +131,4 @@ def _failed(check: str, findings: list[Finding]) -> bool:
 
 def _open_run(config: ConfigDict) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.Run(folder, config.keep, config.keep_every).close()
+        checkpoints.Run(folder, config.keep, config.keep_every).close()

@@ -160,6 +160,11 @@ def similarity_picture(logits: Float[Array, "b b"]) -> UInt8[Array, "1 s s 3"]:
 
 def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     """The stage that ``configs/clip.py`` describes."""
+    if config.batch_size == 1:
+        raise UserError(
+            "batch_size=1: CLIP learns by telling the examples of a batch apart, and "
+            "the loss of one alone is always 0: give at least 2, better hundreds"
+        )
     base, origin = load_models(config, load)
     text = make_tokenizer(config, origin)
     net = arguments(config, {"vocab_size": text.vocab_size, "eot": text.eot})
@@ -246,7 +251,12 @@ def make_tokenizer(
                 "CLIP was trained with, as --config.tokenizer.path=DIR"
             )
         return tokenizer.load(origin.tokenizer_dir)
-    captions = sources.captions(open_source(config, "train"), options.captions)
+    captions = list(sources.captions(open_source(config, "train"), options.captions))
+    if len(captions) > 1 and len(set(captions)) == 1:
+        raise UserError(
+            f"the first {len(captions)} captions are all {captions[0]!r}: CLIP learns "
+            "by telling captions apart"
+        )
     return tokenizer.train(captions, options.vocab_size, config.net.context_length)
 
 

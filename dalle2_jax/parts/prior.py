@@ -1,5 +1,6 @@
 """The diffusion prior: from a caption to the CLIP embedding of a picture of it."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,8 @@ from dalle2_jax.parts.stage import (
     upon_clip,
 )
 from dalle2_jax.xla import jit
+
+log = logging.getLogger(__name__)
 
 
 def arguments(config: ConfigDict, clip: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -277,6 +280,11 @@ def stored_statistics(
             f"init_from={where} has no {' and no '.join(missing)}, without which its "
             "prior can't be read: convert or export the model again"
         )
+    if not np.all(model.statistics["z_image_std"] > 0):
+        raise UserError(
+            f"init_from={where}: z_image_std of its statistics must be above 0 in "
+            "every dimension: train its prior again, on different pictures"
+        )
     return tuple(jnp.float32(model.statistics[name]) for name in names)
 
 
@@ -292,8 +300,43 @@ def embedding_statistics(
     seen: list[np.ndarray] = []
     while sum(map(len, seen)) < examples:
         seen.append(np.asarray(encode(params, next(batches)), np.float64))
-    z = np.concatenate(seen)
-    return jnp.float32(z.mean(0)), jnp.float32(z.std(0))
+    return mean_and_deviation(np.concatenate(seen))
+
+
+def mean_and_deviation(
+    z: Float[np.ndarray, "n d"],
+) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
+    """Mean and standard deviation of embeddings, per dimension.
+
+    A dimension in which next to nothing varies gets a thousandth of the deviation of
+    the others, with a warning, as the prior divides by it.
+
+    Raises:
+      UserError: all embeddings are the same, or some are not finite.
+    """
+    if not np.isfinite(z).all():
+        raise UserError(
+            f"CLIP's embeddings of the first {len(z)} pictures are not finite: give a "
+            "base model that was trained, or dtype=float32"
+        )
+    mean, std = z.mean(0), z.std(0)
+    typical = np.sqrt(np.mean(std**2))
+    if typical <= 1e-6 * np.sqrt(np.mean(z**2)):  # what float32 rounds
+        raise UserError(
+            f"CLIP's embeddings of the first {len(z)} pictures are all the same: the "
+            "prior needs different pictures, and a base model that tells them apart"
+        )
+    least = 1e-3 * typical
+    if (std < least).any():
+        log.warning(
+            "%d of %d dimensions of CLIP's embeddings are the same for the first %d "
+            "pictures: the prior takes %.3g for their deviation",
+            np.sum(std < least),
+            len(std),
+            len(z),
+            least,
+        )
+    return jnp.float32(mean), jnp.float32(np.maximum(std, least))
 
 
 def measure_x0_error(
@@ -374,9 +417,9 @@ def read_statistics(
 
 
 def zero_statistics(network: DiffusionPrior) -> dict[str, Any]:
-    """Statistics of the embeddings, all zero."""
+    """Statistics of the embeddings: a mean of 0, and a deviation of 1 to divide by."""
     zeros = np.zeros(network.clip_dim, np.float32)
-    return {"z_image_mean": zeros, "z_image_std": zeros}
+    return {"z_image_mean": zeros, "z_image_std": zeros + 1}
 
 
 RULES = {

@@ -105,10 +105,15 @@ def load_base(config: ConfigDict, load: Load = checkpoint.load) -> Base:
             "--config.init_from=DIR to fine-tune it"
         )
     where = config.init_from if model is origin else config.base
-    if "clip" not in model.params or model.tokenizer_dir is None:
+    if "clip" not in model.params:
         raise UserError(
-            f"the model at {where} has no CLIP with a tokenizer, only "
+            f"the model at {where} has no CLIP, only "
             f"{', '.join(sorted(model.params)) or 'nothing'}: train configs/clip.py"
+        )
+    if model.tokenizer_dir is None:
+        raise UserError(
+            f"the model at {where} has no tokenizer/ beside its CLIP: export or copy "
+            "the whole model again"
         )
     clip = CLIP(**model.config["parts"]["clip"]["net"], dtype=dtype_of(config))
     if clip.image_size is None:

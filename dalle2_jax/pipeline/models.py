@@ -227,18 +227,17 @@ def tiled(model: Model, tile: int, overlap: int) -> Model:
 
 def require(model: Model, *names: str) -> None:
     """A UserError if the model lacks a tokenizer or a component."""
-    missing = [
-        name
-        for name in names
-        if name not in model.components
-        and not (name == "tokenizer" and model.tokenizer is not None)
-    ]
+    if "tokenizer" in names and model.tokenizer is None:
+        raise UserError(
+            f"the model {model.path} has no tokenizer, which is its CLIP's: export or "
+            "copy the whole model again, or load it together with one that has it"
+        )
+    names = tuple(name for name in names if name != "tokenizer")
+    missing = [name for name in names if name not in model.components]
     if missing:
-        # A tokenizer comes with the CLIP that was trained with it.
-        config = missing[0] if missing[0] in PARTS else "clip"
         raise UserError(
             f"the model {model.path} has no {' and no '.join(missing)}: train it with "
-            f"configs/{config}.py, or load it together with one that has it"
+            f"configs/{missing[0]}.py, or load it together with one that has it"
         )
 
 

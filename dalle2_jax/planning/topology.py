@@ -42,6 +42,10 @@ CHIPS = {
 }
 
 
+# Devices. TPU pods have fewer; JAX needs ten seconds to stand in for so many GPUs.
+MOST = {"tpu": 2**14, "gpu": 2**12}
+
+
 class Topology(NamedTuple):
     """Devices that need not be there.
 
@@ -65,10 +69,17 @@ def parse(name: str) -> Topology:
       UserError: it is neither.
     """
     kind, count = "", 0
+    if len(name) > 100:  # int() is slow, and refuses thousands of digits
+        raise UserError(f"--topology={name:.40}...: this is no name of a topology")
     if match := re.fullmatch(r"(v\w+):(\d+(?:x\d+)*)", name):
         kind, count = match[1], math.prod(map(int, match[2].split("x")))
     elif match := re.fullmatch(r"(?:gpu:)?(\d+)x([ah]\w+)|([ah]\w+):(\d+)", name):
         kind, count = match[2] or match[3], int(match[1] or match[4])
+    most = MOST["tpu" if kind.startswith("v") else "gpu"]
+    if count > most:
+        raise UserError(
+            f"--topology={name:.40}: {most:,} devices are the most that can be planned"
+        )
     if kind not in CHIPS or count < 1:
         raise UserError(
             f"--topology={name}: give a kind of chip and how many, as v5e:16x16 or "

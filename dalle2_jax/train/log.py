@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from dalle2_jax import files
 from dalle2_jax.data import image
 from dalle2_jax.errors import UserError, first_line
+
+LARGEST = 2**31  # bytes of metrics.jsonl: a line of 2 kB for each of a million steps
 
 
 class Log:
@@ -56,10 +60,15 @@ class Log:
         check_writers(tensorboard, wandb)
         self._writer = _tensorboard(workdir, start) if tensorboard else None
         self._wandb = _wandb(workdir, name, wandb) if wandb else None
-        path = workdir / "metrics.jsonl"
-        _drop_after(path, start)
-        self._file = path.open("a")
         self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        path = workdir / "metrics.jsonl"
+        with self._writing():
+            if bad := _drop_after(path, start):
+                self.say(
+                    f"{bad} lines of {path} can't be read and are left out; the file "
+                    f"as it was is {_unread(path)}"
+                )
+            self._file = path.open("a", encoding="utf-8")
         self._progress = None
         if self._console.is_terminal:
             self._progress = Progress(
@@ -180,20 +189,34 @@ class Log:
             self.scalars(step, {f"preview/{k}": v for k, v in scalars.items()})
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a line that a killed process left torn."""
+def _drop_after(path: Path, step: int) -> int:
+    """Drops the lines of later steps, and what can't be read; returns how many can't.
+
+    A last line without an end is not counted: a killed process left it.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
+        return 0
+    *lines, last = files.read_bytes(path, LARGEST).split(b"\n")
     new = path.with_suffix(".tmp")
-    new.write_text("".join(kept))
+    bad = 0
+    with new.open("wb") as file:
+        for line in [*lines, last]:
+            try:
+                found = files.parse_json(line, path, finite=False)["step"]
+                if not isinstance(found, int):
+                    raise ValueError
+                if found <= step:
+                    file.write(line + b"\n")
+            except (ValueError, KeyError):
+                bad += line is not last
+    if bad:
+        os.replace(path, _unread(path))
     os.replace(new, path)
+    return bad
+
+
+def _unread(path: Path) -> Path:
+    return path.with_suffix(".unread")
 
 
 def check_writers(tensorboard: bool, wandb: str) -> None:
@@ -221,9 +244,10 @@ def _wandb(workdir: Path, name: str, project: str) -> Any:
     import wandb
 
     path = workdir / "wandb_id.txt"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
-    identity = path.read_text()
+    identity = path.read_bytes().decode(errors="ignore") if path.is_file() else ""
+    if not re.fullmatch(r"[\w-]{1,128}", identity):
+        identity = secrets.token_hex(4)
+        path.write_text(identity)
     try:
         return wandb.init(
             project=project, name=name, id=identity, resume="allow", dir=str(workdir)

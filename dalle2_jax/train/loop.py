@@ -7,13 +7,10 @@ import json
 import math
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -21,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import checkpoint, xla
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import cluster, measure, optim
+from dalle2_jax.train import checkpoints, cluster, measure, optim
 from dalle2_jax.train import mesh as meshes
 from dalle2_jax.train.log import Log
 from dalle2_jax.train.update import (
@@ -30,6 +27,7 @@ from dalle2_jax.train.update import (
     make_step,
     split_seed,
 )
+from dalle2_jax.train.workdir import SECONDS, Workdir
 
 # Makes the batches from a given step on, each a dict of this process's rows.
 Batches = Callable[[int], Iterator[dict[str, np.ndarray]]]
@@ -54,9 +52,11 @@ def train(
             ema_decay, log_every, eval_every, eval_batches, preview_every, save_every
             (each also at the last step; 0 for never, but the last step is saved), keep,
             keep_every, tensorboard, wandb, profile, and the sections optim and mesh.
+            With eval_batches=0 nothing is evaluated.
         batches: step -> iterator of batches of `batch_size / processes` rows.
         heldout: the same, of examples that are not trained on; always read from 0.
-        workdir: for checkpoints, metrics.jsonl, previews and the exported model.
+        workdir: for checkpoints, metrics.jsonl, previews and the exported model; a
+            directory, or a gs:// URL.
 
     Returns:
         The state after the last step, with the EMA exported to WORKDIR/model. After
@@ -64,37 +64,38 @@ def train(
 
     Raises:
         UserError: a config that can't be trained, a checkpoint of another model, a
-            workdir that can't be written, or a loss that is not finite.
+            workdir that can't be written, or a loss that is not finite. What fails in
+            between, as the data, is raised when the step before it is saved.
     """
-    workdir = _make_workdir(workdir)
+    check_intervals(config)
+    optimizer = optim.make(config.steps, **config.optim)
     mesh = meshes.make(**config.mesh)
     check_batch_size(config, mesh)
-    check_keeping(config)
+    workdir = Workdir(workdir)
     saved_config = json.loads(json.dumps(config.to_dict()))
     cluster.meet()  # before checkpoints let the processes wait for each other
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_alone(workdir))
+        stack.enter_context(workdir.alone())
         stack.enter_context(jax.set_mesh(mesh))
         run = stack.enter_context(
-            checkpoint.Run(workdir / "checkpoints", config.keep, config.keep_every)
+            checkpoints.Run(workdir.join("checkpoints"), config.keep, config.keep_every)
         )
         interrupted = stack.enter_context(_interruption(run))
 
         # The state: a new one, or the latest that is complete on disk.
-        optimizer = optim.make(config.steps, **config.optim)
         program = make_step(stage, config, mesh, optimizer)
         start = run.latest_step()
         if start is None:
             start, changes = 0, []
             state = program.begin()
         else:
-            changes = checkpoint.changes(run.config(), saved_config)
+            changes = checkpoints.changes(run.config(), saved_config)
             state = run.restore(program.abstract, changes)
         frozen = meshes.put(stage.frozen, mesh)
 
         log = stack.enter_context(
             Log(
-                workdir,
+                workdir.files,
                 name=stage.name,
                 start=start,
                 steps=config.steps,
@@ -103,11 +104,15 @@ def train(
                 wandb=config.wandb,
             )
         )
-        profile = stack.enter_context(measure.profiling(workdir, config.profile, start))
+        profile = stack.enter_context(
+            measure.profiling(workdir.files, config.profile, start)
+        )
         log.say(
             f"{stage.name}: {_count(state.params):,} parameters, batch "
             f"{config.batch_size}, {mesh.size} devices {dict(mesh.shape)}"
         )
+        for note in run.notes:
+            log.say(note)
         if start:
             log.say(f"resuming from step {start}")
         for change in changes:
@@ -133,13 +138,17 @@ def train(
             stack.callback(data.close)
         recent = []  # what the steps since the last log line gave, still on the devices
         for step in range(start + 1, config.steps + 1):
-            profile(step, recent[-1:])
-            with log.waiting():
-                batch = next(data)
-            batch = meshes.put_batch(batch, mesh, config.accumulate)
-            if step == start + 1:
-                log.least_s = measure.least_seconds(update, state, frozen, batch)
+            # Whatever fails here leaves the state of the step before as it is.
+            with _saved_if_failing(run, state, saved_config, log):
+                profile(step, recent[-1:])
+                with log.waiting():
+                    batch = next(data)
+                batch = meshes.put_batch(batch, mesh, config.accumulate)
+                if step == start + 1:
+                    log.least_s = measure.least_seconds(update, state, frozen, batch)
             state, values = take(state, frozen, batch, np.int32(step - 1))
+            if not config.log_every:
+                recent = recent[-1:]
             recent.append(values)
             # Two steps in flight keep the devices busy; the batches of more would only
             # fill the memory.
@@ -147,31 +156,36 @@ def train(
             log.advance(step)
             stop = interrupted(step)
 
-            if _due(config.log_every, step, config.steps):
-                _check_finite(state, step, run, saved_config)
-                values = _means(recent) | {"ema_distance": float(distance(state))}
-                log.scalars(step, values | _skipped(data) | log.rates(step))
-                recent = []
-            if _due(config.eval_every, step, config.steps):
-                values = [
-                    metrics(state.ema, frozen, meshes.put_batch(batch, mesh), key)
-                    for batch, key in zip(
-                        itertools.islice(heldout(0), config.eval_batches),
-                        jax.random.split(eval_key, config.eval_batches),
-                        strict=True,
+            with _saved_if_failing(run, state, saved_config, log):
+                if _due(config.log_every, step, config.steps):
+                    _check_finite(state, step, run, saved_config)
+                    values = _means(recent) | {"ema_distance": float(distance(state))}
+                    log.scalars(step, values | _skipped(data) | log.rates(step))
+                    recent = []
+                if config.eval_batches and _due(config.eval_every, step, config.steps):
+                    values = [
+                        metrics(state.ema, frozen, meshes.put_batch(batch, mesh), key)
+                        for batch, key in zip(
+                            itertools.islice(heldout(0), config.eval_batches),
+                            jax.random.split(eval_key, config.eval_batches),
+                            strict=True,
+                        )
+                    ]
+                    means = _means(values)
+                    log.scalars(
+                        step, {f"heldout/{name}": means[name] for name in means}
                     )
-                ]
-                means = _means(values)
-                log.scalars(step, {f"heldout/{name}": means[name] for name in means})
-            if _due(config.preview_every, step, config.steps):
-                batch = meshes.put_batch(next(heldout(0)), mesh)
-                log.previews(step, preview(state.ema, frozen, batch, eval_key))
+                if _due(config.preview_every, step, config.steps):
+                    batch = meshes.put_batch(next(heldout(0)), mesh)
+                    log.previews(step, preview(state.ema, frozen, batch, eval_key))
+                workdir.push(wait=SECONDS)
             if (
                 _due(config.save_every, step, config.steps)
                 or stop
                 or step == config.steps
             ):
                 _check_finite(state, step, run, saved_config)
+                workdir.push()  # the log of a step is there before its checkpoint
                 run.save(step, state, saved_config)
             if stop and step < config.steps:
                 run.wait()
@@ -185,15 +199,16 @@ def train(
         ema = multihost_utils.process_allgather(state.ema, tiled=True)
         model = stage.export(ema)
         if jax.process_index() == 0:
-            checkpoint.export(workdir / "model", **model)
+            checkpoint.export(workdir.join("model"), **model)
         # The others may read it from here on, as the next stage does.
         multihost_utils.sync_global_devices("export")
-        log.say(f"step {state.step} is done; the model is in {workdir / 'model'}")
+        workdir.push()
+        log.say(f"step {state.step} is done; the model is in {workdir.join('model')}")
         return state
 
 
 @contextlib.contextmanager
-def _interruption(run: checkpoint.Run) -> Iterator[Callable[[int], str | None]]:
+def _interruption(run: checkpoints.Run) -> Iterator[Callable[[int], str | None]]:
     """Yields step -> what asks the run to stop there, or None.
 
     With several processes, JAX's distributed service catches SIGTERM and agrees with
@@ -230,8 +245,30 @@ def _due(every: int, step: int, steps: int) -> bool:
     return bool(every) and (step % every == 0 or step == steps)
 
 
+@contextlib.contextmanager
+def _saved_if_failing(
+    run: checkpoints.Run, state: TrainState, config: Mapping[str, Any], log: Log
+) -> Iterator[None]:
+    """Saves the state if something fails: data, the log, memory for a preview.
+
+    Several processes can't agree on a step when one of them fails.
+    """
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            # What failed is what the user is to read, also where this fails, too.
+            with contextlib.suppress(Exception):
+                step = int(state.step)
+                if step > (run.latest_step() or 0):
+                    run.save(step, state, config)
+                    run.wait()
+                    log.say(f"step {step} is saved; the same command resumes from it")
+        raise
+
+
 def _check_finite(
-    state: TrainState, step: int, run: checkpoint.Run, config: Mapping[str, Any]
+    state: TrainState, step: int, run: checkpoints.Run, config: Mapping[str, Any]
 ) -> None:
     """Stops a run whose state did not come along to this step, with the state saved."""
     good = int(state.step)
@@ -240,6 +277,12 @@ def _check_finite(
     if good > (run.latest_step() or 0):
         run.save(good, state, config)
         run.wait()
+    if good == 0:
+        raise UserError(
+            "the loss or its gradient is not finite at step 1, before anything was "
+            "learnt: look for values that are not finite, or far too large, in the "
+            "data, the config and the base model"
+        )
     raise UserError(
         f"the loss or its gradient is not finite at step {good + 1}: lower "
         "optim.learning_rate or raise optim.warmup, and run again to go on from step "
@@ -264,47 +307,14 @@ def _count(params: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
-def _make_workdir(workdir: str | os.PathLike) -> Path:
-    if "://" in str(workdir):
-        raise UserError(
-            f"workdir {workdir} is a URL: give a directory, for instance where the "
-            "bucket is mounted"
-        )
-    workdir = Path(workdir).expanduser().absolute()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
-    except OSError as error:
-        raise UserError(
-            f"can't write to workdir {workdir}: {error.strerror}"
-        ) from error
-    return workdir
-
-
-@contextlib.contextmanager
-def _alone(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of the workdir, where they would spoil each other's files.
-
-    The system ends the lock with the process, however that ends.
-    """
-    if jax.process_index() > 0:
-        yield
-        return
-    try:
-        with filelock.FileLock(workdir / ".lock", blocking=False):
-            yield
-    except filelock.Timeout as error:
-        raise UserError(
-            f"another run is at work in {workdir}: wait for its end, or give another "
-            "workdir"
-        ) from error
-
-
 def check_batch_size(config: Any, mesh: Mesh) -> None:
     """A UserError where a micro-batch can't be split evenly over the mesh."""
+    for name in ("batch_size", "accumulate"):
+        if config[name] < 1:
+            raise UserError(f"{name}={config[name]} must be at least 1")
     devices = mesh.size // mesh.shape["tensor"]
-    unit = max(config.accumulate, 1) * devices
-    if config.accumulate < 1 or config.batch_size < 1 or config.batch_size % unit:
+    unit = config.accumulate * devices
+    if config.batch_size % unit:
         raise UserError(
             f"batch_size={config.batch_size} must be a multiple of {unit}, "
             f"accumulate={config.accumulate} times {devices}, the devices that each "
@@ -312,8 +322,22 @@ def check_batch_size(config: Any, mesh: Mesh) -> None:
         )
 
 
-def check_keeping(config: Any) -> None:
-    """A UserError where a checkpoint is to be kept that isn't saved."""
+def check_intervals(config: Any) -> None:
+    """A UserError where the loop's own numbers are out of range."""
+    for name in (
+        "seed",
+        "steps",
+        "log_every",
+        "eval_every",
+        "eval_batches",
+        "preview_every",
+        "save_every",
+    ):
+        most = 2**63 - 1 if name == "seed" else 2**31 - 1  # steps are counted in int32
+        if not 0 <= config[name] <= most:
+            raise UserError(f"{name}={config[name]} must be from 0 to {most:,}")
+    if not 0 <= config.ema_decay <= 1:
+        raise UserError(f"ema_decay={config.ema_decay} must be from 0 to 1")
     if config.keep_every and config.keep_every % (config.save_every or np.inf):
         raise UserError(
             f"keep_every={config.keep_every} must be a multiple of save_every="

@@ -1,5 +1,6 @@
 """The optimiser: AdamW, Muon or Adafactor, with warm-up, a schedule and clipping."""
 
+import math
 from typing import Any
 
 import jax
@@ -64,12 +65,16 @@ def make(
     for option, value in {
         "learning_rate": learning_rate,
         "warmup": warmup,
+        "eps": eps,
         "weight_decay": weight_decay,
         "clip_norm": clip_norm,
         "sam_rho": sam_rho,
     }.items():
-        if value < 0:
-            raise UserError(f"optim.{option} is {value}: it must not be negative")
+        if not 0 <= value < math.inf:
+            raise UserError(f"optim.{option} is {value}: it must be 0 or more, finite")
+    for option, value in {"b1": b1, "b2": b2}.items():
+        if not 0 <= value < 1:
+            raise UserError(f"optim.{option} is {value}: it must be from 0 to below 1")
     lr = rate(steps, learning_rate=learning_rate, schedule=schedule, warmup=warmup)
     if name == "adamw":
         optimizer = optax.adamw(
