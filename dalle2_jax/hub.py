@@ -12,7 +12,7 @@ import numpy as np
 
 from dalle2_jax import checkpoint, tensors
 from dalle2_jax.convert import karlo, weights
-from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.errors import UserError, first_line, short
 from dalle2_jax.pipeline import accept, models
 
 # What is fetched of every repository, but for hidden folders.
@@ -133,7 +133,11 @@ def find(path: str | Path, variant: str | None = None) -> Path:
     if path == "bundled":
         return checkpoint.BUNDLED
     folder = Path(path).expanduser()
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    try:
+        exists = folder.exists()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"cannot read {short(str(path))}: {error.strerror}") from error
+    if exists or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return folder
     try:
         return _fetch(str(path), variant)
