@@ -56,11 +56,11 @@ def test_statistics_have_the_shapes_that_the_priors_need(model):
         UserError, match=r"statistics z_image_std of shape \(16,\), has n"
     ):
         accept.whole(model._replace(z_image_std=None))
-    sampling = model.prior.sampling.copy({"variance": "analytic"})
-    analytic = model._replace(prior=model.prior.replace(sampling=sampling))
-    with pytest.raises(UserError, match=r"prior_x0_error of shape \(1000,\), has none"):
-        accept.whole(analytic)
-    accept.whole(analytic._replace(x0_error=np.ones(1000, np.float32)))
+    accept.whole(model._replace(x0_error=np.ones(1000, np.float32)))
+    with pytest.raises(
+        UserError, match=r"prior_x0_error of shape \(1000,\), has \(9,\)"
+    ):
+        accept.whole(model._replace(x0_error=np.ones(9, np.float32)))
 
 
 def test_codes_have_the_shapes_of_their_network(model):

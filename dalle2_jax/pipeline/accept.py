@@ -79,7 +79,7 @@ def whole(model: models.Model) -> None:
         dim = model.prior.network.clip_dim
         for name in ("z_image_mean", "z_image_std"):
             _check_statistic(model, name, getattr(model, name), (dim,))
-        if model.prior.sampling["variance"] == "analytic":
+        if model.x0_error is not None:  # without it, sampling tells how to measure it
             steps = model.prior.diffusion["steps"]
             _check_statistic(model, "prior_x0_error", model.x0_error, (steps,))
     if model.codes is not None:
