@@ -12,7 +12,7 @@ import numpy as np
 
 from dalle2_jax import checkpoint, storage, tensors
 from dalle2_jax.convert import karlo, weights
-from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.errors import UserError, first_line, short
 from dalle2_jax.pipeline import accept, models
 
 # What is fetched of every repository, but for hidden folders.
@@ -136,7 +136,11 @@ def find(path: str | Path, variant: str | None = None) -> Path:
     if storage.url(path):
         return storage.fetch(path)
     folder = storage.expand(path)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    try:
+        exists = folder.exists()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"cannot read {short(str(path))}: {error.strerror}") from error
+    if exists or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return folder
     try:
         return _fetch(str(path), variant)

@@ -7,7 +7,7 @@ from dalle2_jax import hub
 from dalle2_jax.convert import karlo
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.ar_prior import ARPrior
-from dalle2_jax.nn.codes import Codes
+from dalle2_jax.parts import ar_prior
 from dalle2_jax.pipeline import accept
 from tests.golden import peer
 
@@ -19,16 +19,21 @@ def model(tmp_path_factory):
     return hub.load(folder)
 
 
-def altered(model, part, **values):
+def altered(model, name, **values):
     """The model with another network of a part."""
-    old = getattr(model, part)
-    network = old.network.clone(**values)
-    return model._replace(**{part: old.replace(network=network)})
+    old = model.components[name]
+    return model.replace(**{name: old.replace(network=old.network.clone(**values))})
+
+
+def with_statistics(model, **changes):
+    changed = {**model.statistics, **changes}
+    kept = {name: value for name, value in changed.items() if value is not None}
+    return model._replace(statistics=kept)
 
 
 def test_parts_of_one_clip_fit(model):
     accept.whole(model)
-    accept.whole(model._replace(clip=None))
+    accept.whole(model.replace(clip=None))
 
 
 @pytest.mark.parametrize(
@@ -55,24 +60,25 @@ def test_statistics_have_the_shapes_that_the_priors_need(model):
     with pytest.raises(
         UserError, match=r"statistics z_image_std of shape \(16,\), has n"
     ):
-        accept.whole(model._replace(z_image_std=None))
-    sampling = model.prior.sampling.copy({"variance": "analytic"})
-    analytic = model._replace(prior=model.prior.replace(sampling=sampling))
-    with pytest.raises(UserError, match=r"prior_x0_error of shape \(1000,\), has none"):
-        accept.whole(analytic)
-    accept.whole(analytic._replace(x0_error=np.ones(1000, np.float32)))
+        accept.whole(with_statistics(model, z_image_std=None))
+    accept.whole(with_statistics(model, prior_x0_error=np.ones(1000, np.float32)))
+    with pytest.raises(
+        UserError, match=r"prior_x0_error of shape \(1000,\), has \(9,\)"
+    ):
+        accept.whole(with_statistics(model, prior_x0_error=np.ones(9, np.float32)))
 
 
 def test_codes_have_the_shapes_of_their_network(model):
     network = ARPrior(16, 16, 16, 8, 1, 2, components=3, buckets=4, dot_products=2)
-    codes = Codes(np.ones(16), np.ones((16, 3)), np.zeros(3), np.ones(3))
-    part = model.prior.replace(network=network, params={})
-    whole = model._replace(ar_prior=part, codes=codes)
-    accept.whole(whole)
+    whole = model.replace(ar_prior=model.prior.replace(network=network, params={}))
+    whole = whole.with_sampling(ar_prior={})
+    stored = ar_prior.zero_statistics(network)["ar_prior"]
+    accept.whole(with_statistics(whole, ar_prior=stored))
+    short = {**stored, "axes": np.ones((16, 1))}
     with pytest.raises(
         UserError, match=r"ar_prior/axes of shape \(16, 3\), has \(16, 1\)"
     ):
-        accept.whole(whole._replace(codes=codes._replace(axes=np.ones((16, 1)))))
+        accept.whole(with_statistics(whole, ar_prior=short))
 
 
 def test_numbers_beyond_half_precision_are_named(tmp_path):

@@ -10,6 +10,7 @@ hold several variants of them:
 Pickles are read by PyTorch's own reader of weights alone.
 """
 
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -237,8 +238,11 @@ def _pickled(path: Path, torch: Any) -> Weights:
                 raise ValueError(f"{short(name)} is larger than the file")
     # What a damaged or malicious file raises depends on where it is wrong.
     except Exception as error:
+        # PyTorch would advise to run the code.
+        refused = isinstance(error, pickle.UnpicklingError)
+        reason = "code, or another object" if refused else first_line(error)
         raise UserError(
-            f"{path} is damaged, or holds more than weights ({first_line(error)})"
+            f"{path} is damaged, or holds more than weights ({reason})"
         ) from error
 
     def read(name: str) -> np.ndarray:

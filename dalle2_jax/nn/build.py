@@ -24,7 +24,7 @@ from dalle2_jax.nn.decoder import TextEncoder
 from dalle2_jax.nn.layers import ACTIVATIONS
 from dalle2_jax.nn.unet import UNet
 
-MOST_TENSORS = 20_000  # of one network; Karlo's largest has some 1,000
+MOST_TENSORS = 4_000  # of one network; Karlo's largest has some 1,000
 _MOST = 1_000_000  # what any number of a config may be, however small the network
 # Arguments that are themselves the arguments of a network.
 _NESTED = {"unet": UNet, "text_encoder": TextEncoder}

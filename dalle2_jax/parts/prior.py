@@ -70,7 +70,7 @@ def conditioned(network: DiffusionPrior, params: Any) -> generate.Apply:
 
 def repeat_candidates(
     caption: Caption, null: Caption, randomness: Randomness, candidates: int
-) -> tuple[Caption, Caption, Randomness]:
+) -> tuple[Caption, Caption, Any]:
     """The conditions of b pictures as often as each has candidates, side by side.
 
     The first candidate has the picture's own key, whatever their number.

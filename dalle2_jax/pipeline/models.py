@@ -95,7 +95,7 @@ class Model(NamedTuple):
 
     def with_sampling(self, **changes: Mapping[str, Any]) -> "Model":
         """The model with settings of components changed; see diffusion.generate."""
-        changed = {name: {**self.sampling[name], **c} for name, c in changes.items()}
+        changed = {n: {**self.sampling.get(n, {}), **c} for n, c in changes.items()}
         return self._replace(sampling={**self.sampling, **changed})
 
     def up_to(self, size: int | None) -> "Model":
