@@ -42,7 +42,7 @@ def test_parts_of_one_clip_fit(model):
         ("prior", {"clip_dim": 12}, "prior has clip_dim=12 and CLIP 16: load parts"),
         ("decoder", {"text_width": 8}, "decoder has text_width=8 and CLIP 16"),
         ("prior", {"context_length": 9}, "prior has context_length=9 and CLIP 16"),
-        ("clip", {"text_width": None}, "prior needs CLIP's text tower"),
+        ("clip", {"text_width": None}, "needs CLIP's text tower"),
         ("clip", {"vocab_size": 513}, "tokenizer has 514 ids.*CLIP has 513 and 513"),
         ("clip", {"eot": 512}, "of which 513 ends a text; CLIP has 514 and 512"),
     ],

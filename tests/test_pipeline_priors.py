@@ -176,5 +176,5 @@ def test_given_noise_is_for_one_candidate(model):
 def test_a_model_without_its_tables_is_refused(model, tmp_path):
     export = checkpoint.load(model.path)
     checkpoint.export(tmp_path / "m", params=export.params, config=export.config)
-    with pytest.raises(UserError, match="needs the statistics ar_prior/mean"):
+    with pytest.raises(UserError, match="needs the statistics z_image_mean of shape"):
         dalle2_jax.load(tmp_path / "m")
