@@ -64,7 +64,8 @@ def img2img(
         level = np.float32([table.signal[left - 1], table.noise[left - 1]])
         return np.asarray(_noised(keys, x0, level))
 
-    start = in_batches(noised, len(request.tokens), 1, generate.BATCH)
+    count = len(request.tokens)
+    start = in_batches(noised, count, model.devices.size, generate.BATCH)
     steps = {"steps": tuple(int(t) for t in table.timesteps[:left])}
     sampling = {**request.sampling, "decoder": [each | steps for each in sampling]}
     request = request._replace(start=start, sampling=sampling)
