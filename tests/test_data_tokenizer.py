@@ -149,3 +149,24 @@ def test_a_blank_one_has_the_numbers_of_a_vocabulary():
     blank = tokenizer.blank(49_408, 16)
     assert (blank.vocab_size, blank.sot, blank.eot) == (49_408, 49_406, 49_407)
     assert blank.encode([""], 16)[0, :2].tolist() == [49_406, 49_407]
+
+
+def test_a_saved_tokenizer_is_read_without_transformers(small, tmp_path, monkeypatch):
+    """And encodes as transformers does with the same files."""
+    small.save(tmp_path / "saved")
+    theirs = tokenizer.import_transformers().CLIPTokenizer.from_pretrained(
+        tmp_path / "saved"
+    )
+    monkeypatch.setattr(tokenizer, "import_transformers", None)
+    ours = tokenizer.load(tmp_path / "saved")
+    texts = ["A Red  Circle", "\tit's\n10% café", "日本 🎉 é", "<|endoftext|> a!", ""]
+    expected = theirs(texts, padding="max_length", max_length=40)["input_ids"]
+    np.testing.assert_array_equal(ours.encode(texts, 40), expected)
+    assert (ours.sot, ours.eot, ours.pad) == (small.sot, small.eot, small.pad)
+    assert ours.vocab_size == small.vocab_size
+    row = ours.encode(["a red circle"], 16)[0]
+    assert ours.decode(row) == theirs.decode(row, skip_special_tokens=True).strip()
+    ours.save(tmp_path / "again")
+    np.testing.assert_array_equal(
+        tokenizer.load(tmp_path / "again").encode(texts, 40), expected
+    )

@@ -11,15 +11,16 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
 from dalle2_jax.errors import UserError, first_line
-from dalle2_jax.files import check_files
+from dalle2_jax.files import check_files, read_json
 
 SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 SMALLEST = 512 + len(SPECIALS)
@@ -39,21 +40,30 @@ LARGEST_FILE = 2**25  # bytes; that of CLIP has some 2**22
 
 
 class Tokenizer:
-    """Wraps a CLIP tokenizer of transformers.
+    """CLIP's tokenizer.
 
     Attributes: vocab_size, and the ids sot (start of text), eot (end of text) and pad.
     """
 
-    def __init__(self, wrapped):
-        self._wrapped = wrapped
-        self._backend = wrapped.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.vocab_size: int = len(wrapped)
-        self.sot: int = wrapped.bos_token_id
-        self.eot: int = wrapped.eos_token_id
-        self.pad: int = wrapped.pad_token_id
-        self._longest = max(map(len, self._backend.get_vocab()))  # of a token
+    def __init__(
+        self,
+        backend: Any,
+        specials: tuple[int, int, int],
+        save: Callable[[str | os.PathLike], Any],
+    ):
+        """Wraps a `tokenizers.Tokenizer`, with the ids sot, eot and pad."""
+        self._backend, self._save = backend, save
+        backend.no_truncation()
+        backend.no_padding()
+        self.vocab_size: int = backend.get_vocab_size()
+        self.sot, self.eot, self.pad = specials
+        self._longest = max(map(len, backend.get_vocab()))  # of a token
+
+    @classmethod
+    def of_transformers(cls, wrapped: Any) -> "Tokenizer":
+        """Wraps a CLIPTokenizer of transformers."""
+        specials = wrapped.bos_token_id, wrapped.eos_token_id, wrapped.pad_token_id
+        return cls(wrapped.backend_tokenizer, specials, wrapped.save_pretrained)
 
     def encode(
         self, texts: Sequence[str], context_length: int, warn: bool = True
@@ -109,11 +119,12 @@ class Tokenizer:
 
     def decode(self, tokens: Int32[np.ndarray, " context_length"]) -> str:
         """The text of one row of tokens, as the tokenizer saw it: in lower case."""
-        return self._wrapped.decode(tokens, skip_special_tokens=True).strip()
+        text = self._backend.decode(list(tokens), skip_special_tokens=True)
+        return text.replace("</w>", " ").strip()
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the files that `load`, and transformers, read."""
-        self._wrapped.save_pretrained(folder)
+        self._save(folder)
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
@@ -127,6 +138,8 @@ def load(path: str | os.PathLike) -> Tokenizer:
     if local:
         check_files(path)
         _check_sizes(Path(path))
+        if (saved := _read_saved(Path(path))) is not None:
+            return saved
     try:
         wrapped = import_transformers().CLIPTokenizer.from_pretrained(str(path))
     # A damaged file surfaces as nearly any exception, the hub's as OSError.
@@ -147,7 +160,41 @@ def load(path: str | os.PathLike) -> Tokenizer:
                 f"the tokenizer of {path} is damaged: start, end and padding have the "
                 f"ids {specials}, of a vocabulary of {len(wrapped)}"
             )
-    return Tokenizer(wrapped)
+    return Tokenizer.of_transformers(wrapped)
+
+
+def _read_saved(folder: Path) -> Tokenizer | None:
+    """Reads what transformers 5 has saved of a CLIPTokenizer, without transformers.
+
+    To import it takes longer than all else that a model needs. None for a folder of
+    another kind, or a damaged one, which transformers is left to tell of.
+    """
+    import tokenizers
+
+    try:
+        config = read_json(folder / "tokenizer_config.json")
+        if config.get("backend") != "tokenizers" or (folder / FILES[0]).exists():
+            return None
+        if config.get("tokenizer_class") != "CLIPTokenizer":
+            return None
+        backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # tokenizers has no class of its own for what it raises
+        return None
+    names = "bos_token", "eos_token", "pad_token"
+    specials = tuple(backend.token_to_id(str(config.get(name))) for name in names)
+    if None in specials or backend.get_vocab_size() < SMALLEST:
+        return None
+    saved = {
+        name: (folder / name).read_bytes()
+        for name in ("tokenizer.json", "tokenizer_config.json")
+    }
+
+    def save(folder: str | os.PathLike) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in saved.items():
+            (Path(folder) / name).write_bytes(content)
+
+    return Tokenizer(backend, specials, save)
 
 
 def _check_sizes(folder: Path) -> None:
@@ -191,7 +238,8 @@ def train(captions: Iterable[str], vocab_size: int, context_length: int) -> Toke
     )
     backend.train_from_iterator(captions, trainer)
     merges = json.loads(backend.to_str())["model"]["merges"]
-    return Tokenizer(_clip(alphabet, merges[: vocab_size - SMALLEST], context_length))
+    merges = merges[: vocab_size - SMALLEST]
+    return Tokenizer.of_transformers(_clip(alphabet, merges, context_length))
 
 
 def blank(vocab_size: int, context_length: int) -> Tokenizer:
@@ -200,7 +248,7 @@ def blank(vocab_size: int, context_length: int) -> Tokenizer:
     merges = itertools.islice(
         itertools.product(alphabet, alphabet), vocab_size - SMALLEST
     )
-    return Tokenizer(_clip(alphabet, list(merges), context_length))
+    return Tokenizer.of_transformers(_clip(alphabet, list(merges), context_length))
 
 
 def _check_unicode(text: str) -> None:
