@@ -47,8 +47,7 @@ class Part(NamedTuple):
     """A part of the model, such as the decoder.
 
     Attributes:
-      name: of its stage, and of its component in a model; that of a part of which a
-        model may have several, such as upsamplers, has "_SIZE" at its end.
+      name: of its stage, and of its component in a model.
       module: class of its network.
       arguments: (config, CLIP's arguments or None) -> the arguments of the module.
       make_stage: (config, load) -> the stage that trains it.
@@ -58,6 +57,8 @@ class Part(NamedTuple):
       sides: what its section of a config must have beside its network and the settings
         of its sampler: sides of pictures, in pixels.
       sampler: None where it makes nothing.
+      several: whether a model may have several components of it, such as upsamplers;
+        their names have "_SIZE" at the end.
       read_statistics: (a model's statistics, its sampling) -> what the sampler reads of
         them, as fields of Inputs.
       zero_statistics: (network) -> those statistics as zeros.
@@ -71,10 +72,15 @@ class Part(NamedTuple):
     makes: str | None = None
     sides: tuple[str, ...] = ()
     sampler: Sampler | None = None
+    several: bool = False
     read_statistics: Callable[
         [Mapping[str, Any], Mapping[str, Any]], dict[str, Any]
     ] = lambda statistics, settings: {}
     zero_statistics: Callable[[Any], dict[str, Any]] = lambda network: {}
+
+    def component_name(self, config: ConfigDict) -> str:
+        """The name in a model of what a config trains."""
+        return f"{self.name}_{config.size}" if self.several else self.name
 
 
 def run(

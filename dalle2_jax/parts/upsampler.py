@@ -153,7 +153,7 @@ def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     diffusion = config.diffusion.to_dict()
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     size, low_size = config.size, config.low_size
-    name = f"upsampler_{size}"
+    name = PART.component_name(config)
     blur, bsr = config.blur.to_dict(), _bsr(config)
     chance = blur.pop("chance")
     section = {
@@ -264,4 +264,5 @@ PART = Part(
     makes="picture",
     sides=("size", "low_size"),
     sampler=SAMPLER,
+    several=True,
 )

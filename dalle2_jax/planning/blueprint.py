@@ -126,7 +126,8 @@ def sample(
         )
 
     everywhere, split = P(), P("data")
-    own, name = PARTS[config.stage], component_name(config)
+    own = PARTS[config.stage]
+    name = own.component_name(config)
     component = model.components[name]
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), pictures))
     inputs = Inputs(randomness=place(keys, split))
@@ -202,7 +203,7 @@ def hollow(
             k: values[k] for k in ("diffusion", "size", "low_size") if k in values
         }
         section |= {"net": own.arguments(config, clip), "sampling": values["sampling"]}
-        sections[component_name(config)] = section
+        sections[own.component_name(config)] = section
         statistics = own.zero_statistics(own.module(**section["net"]))
     return checkpoint.Export(
         config={"parts": sections},
@@ -216,8 +217,3 @@ def hollow(
         tokenizer_dir=None if clip is None else folder,
         statistics=statistics,
     )
-
-
-def component_name(config: ConfigDict) -> str:
-    """Name in a model of what a stage trains."""
-    return f"upsampler_{config.size}" if config.stage == "upsampler" else config.stage
