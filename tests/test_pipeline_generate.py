@@ -284,3 +284,14 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(model):
     assert (draw(negative_prompt=BLUE) != draw()).any()
     alone = {"guidance": {"prior": 1.0, "decoder": 1.0}}  # then nothing leads away
     np.testing.assert_array_equal(draw(negative_prompt=BLUE, **alone), draw(**alone))
+
+
+def test_pictures_are_shown_while_they_are_made(model):
+    """And end as they do when nobody looks."""
+    seen = list(dalle2_jax.stream(model, RED, steps=4, every=2, num=2))
+    stages = [stage for stage, _ in seen]
+    assert stages == ["decoder"] * 2 + ["upsampler 32"] * 2
+    assert [x.shape for _, x in seen] == [(2, 16, 16, 3)] * 2 + [(2, 32, 32, 3)] * 2
+    whole = dalle2_jax.text_to_image(model, RED, steps=4, num=2)
+    assert_same_pictures(seen[-1][1], whole)
+    assert (seen[2][1] != whole).any()
