@@ -15,7 +15,7 @@ from dalle2_jax.nn.clip import Caption
 from dalle2_jax.parts import stage
 from dalle2_jax.parts.component import Component
 from dalle2_jax.pipeline.models import Model, in_batches, require
-from dalle2_jax.xla import jit
+from dalle2_jax.runtime import jit
 
 BATCH = 64  # the most captions or pictures at once on a device
 
