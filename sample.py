@@ -303,7 +303,7 @@ def sample(values: dict[str, Any], files: Files, **rest: Any) -> None:
 
     import dalle2_jax
     from dalle2_jax.data import image
-    from dalle2_jax.train.cache import use_compilation_cache
+    from dalle2_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
     model = dalle2_jax.load(

@@ -73,8 +73,8 @@ def main() -> None:
         raise UserError("no --workdir: give a directory for this run")
     import jax
 
+    from dalle2_jax.runtime import use_compilation_cache
     from dalle2_jax.train import cluster, cpu
-    from dalle2_jax.train.cache import use_compilation_cache
 
     cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     cpu.keep_memory()

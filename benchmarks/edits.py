@@ -17,7 +17,7 @@ from PIL import Image
 import dalle2_jax
 from dalle2_jax.data import image, shapes
 from dalle2_jax.evaluate import judge as checker
-from dalle2_jax.train.cache import use_compilation_cache
+from dalle2_jax.runtime import use_compilation_cache
 
 STEPS = {"decoder": 50}
 PLOT = Path(__file__).parents[1] / "docs" / "edits" / "eta.png"

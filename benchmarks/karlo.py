@@ -6,7 +6,7 @@
 The weights are random, and the peer's are converted by the tables of
 dalle2_jax.convert. Each network has a process to itself, so that its peak memory is its
 own. Whoever computes, all have the same threads, and take turns; "plain" is ours
-without the options of dalle2_jax.xla. On a CPU everything is float32, on a GPU
+without the options of dalle2_jax.runtime. On a CPU everything is float32, on a GPU
 bfloat16. In float32 an answer that differs ends the script, as a number of parameters
 does that is not Karlo's.
 """
@@ -34,7 +34,7 @@ import torch
 import transformers
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
-from dalle2_jax import xla
+from dalle2_jax import runtime
 from dalle2_jax.convert import karlo_names as names
 from dalle2_jax.convert import openai_clip, table, weights
 from dalle2_jax.nn.clip import CLIP, Caption
@@ -405,7 +405,7 @@ def measure(name: str, flags: argparse.Namespace) -> Result:
         jitted = jax.jit(case.call_ours, compiler_options=options)
         return jitted.lower(params, inputs).compile()
 
-    program = compile_ours(xla.compiler_options())
+    program = compile_ours(runtime.compiler_options())
     calls = {"ours": lambda: jax.block_until_ready(program(params, inputs))}
     if not gpu:
         plain = compile_ours({})

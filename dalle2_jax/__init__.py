@@ -6,17 +6,7 @@ pictures = dalle2_jax.text_to_image(model, "a large red circle", num=4)
 
 import importlib
 
-_EDITS = (
-    "blend",
-    "decode",
-    "embed",
-    "interpolate",
-    "invert",
-    "pca",
-    "reconstruct",
-    "text_diff",
-    "variations",
-)
+_EDITS = ("blend", "embed", "interpolate", "pca", "text_diff", "variations")
 _WHERE = {
     "UserError": "dalle2_jax.errors",
     "clip_score": "dalle2_jax.pipeline.encode",
@@ -27,6 +17,7 @@ _WHERE = {
     "stream": "dalle2_jax.pipeline.generate",
     "text_to_image": "dalle2_jax.pipeline.generate",
     **dict.fromkeys(_EDITS, "dalle2_jax.pipeline.edit"),
+    **dict.fromkeys(("decode", "invert", "reconstruct"), "dalle2_jax.pipeline.latent"),
     **dict.fromkeys(("img2img", "inpaint", "outpaint"), "dalle2_jax.pipeline.paint"),
 }
 

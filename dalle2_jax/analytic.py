@@ -35,7 +35,7 @@ def main() -> None:
     from dalle2_jax import checkpoint
     from dalle2_jax.data import tokenizer
     from dalle2_jax.parts import prior
-    from dalle2_jax.train.cache import use_compilation_cache
+    from dalle2_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
     config = CONFIG.value

@@ -56,7 +56,7 @@ def main() -> None:
     from dalle2_jax import hub
     from dalle2_jax.data.sources import open_all
     from dalle2_jax.pipeline.embed import embed
-    from dalle2_jax.train.cache import use_compilation_cache
+    from dalle2_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
     count, index = PROCESS_COUNT.value, PROCESS_INDEX.value

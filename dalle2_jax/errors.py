@@ -20,8 +20,12 @@ def first_line(error: Exception) -> str:
 
 
 def short(value: Any) -> str:
-    """Return the repr of a value that may be of any length."""
-    return cut(repr(value), 60)
+    """Return the repr of any value as one short line."""
+    try:
+        text = repr(value)
+    except Exception:  # of an integer with too many digits, for one
+        text = f"<{type(value).__name__}>"
+    return cut(" ".join(text.split()), 60)
 
 
 def cut(text: str, limit: int) -> str:

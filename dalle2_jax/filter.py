@@ -73,7 +73,7 @@ def main() -> None:
     from dalle2_jax.data import filter as rules
     from dalle2_jax.data.sources import open_all
     from dalle2_jax.pipeline import choose
-    from dalle2_jax.train.cache import use_compilation_cache
+    from dalle2_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
     blocked = None if BLOCKLIST.value is None else rules.read_blocklist(BLOCKLIST.value)

@@ -42,9 +42,9 @@ def run(main: Callable[[], None]) -> None:
             _fail(str(error))
         # JAX looks for devices where they are first needed, with errors of any kind.
         except (AssertionError, RuntimeError):
-            from dalle2_jax import xla
+            from dalle2_jax import runtime
 
-            if problem := xla.backend_problem():
+            if problem := runtime.backend_problem():
                 _fail(problem)
             raise
 

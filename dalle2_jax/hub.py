@@ -1,28 +1,33 @@
 """Models by path or by name: whatever their format, here or on the Hugging Face hub."""
 
 import glob
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from dalle2_jax import checkpoint, storage, tensors
 from dalle2_jax.convert import karlo, weights
 from dalle2_jax.errors import UserError, first_line, short
-from dalle2_jax.pipeline import accept, models
+from dalle2_jax.pipeline import accept, models, values
+from dalle2_jax.runtime import use_compilation_cache
 
 # What is fetched of every repository, but for hidden folders.
 CONFIGS = ("*.json", "*.txt")
 HIDDEN = ("*/.*", ".*")
+MOST_TILE = 2**16  # pixels a side
 
 
 def load(
     *paths: str | Path,
-    dtype: str = "float32",
+    dtype: DTypeLike = "float32",
     offload: bool = False,
     tile: int | None = None,
     overlap: int | None = None,
@@ -31,7 +36,8 @@ def load(
     """Load a model, replicated over all devices.
 
     Weights are read one at a time and cast at once, so that memory holds no more than
-    the model in ``dtype``, and one weight.
+    the model in ``dtype``, and one weight. Compiled programs are kept on disk from then
+    on, see runtime.use_compilation_cache.
 
     Args:
       paths: of each a directory, a URL (gs://, s3://) or a hub id: an exported model, a
@@ -41,7 +47,8 @@ def load(
         parts that more than one has the last is taken. But a CLIP with both towers goes
         before one that has only one of them, and two of one tower each make one with
         both.
-      dtype: of the params and the activations: "float32", "bfloat16" or "float16".
+      dtype: of the params and the activations: "float32", "bfloat16" or "float16", or
+        as jnp.bfloat16.
       offload: keep the params in the host's memory, and on the devices only those of
         the network that runs.
       tile: run upsamplers on tiles of so many pixels a side, in the memory that one
@@ -58,16 +65,18 @@ def load(
         config describes, parts do not fit one another, or the tiles do not fit its
         upsamplers.
     """
+    if tile is None and overlap is not None:
+        raise UserError(f"overlap={short(overlap)}: give tile, too")
+    if tile is not None:
+        tile = values.check_integer("tile", tile, 1, MOST_TILE)
+        overlap = tile // 4 if overlap is None else overlap
+        overlap = values.check_integer("overlap", overlap, 0, tile - 1)
     model = _load(paths or ("bundled",), dtype, offload, None, variant)
-    if tile is None:
-        if overlap is not None:
-            raise UserError(f"overlap={overlap}: give tile, too")
-        return model
-    return models.tiled(model, tile, tile // 4 if overlap is None else overlap)
+    return model if tile is None else models.tiled(model, tile, overlap)
 
 
 def load_clip(
-    path: str | Path, *, dtype: str = "float32", variant: str | None = None
+    path: str | Path, *, dtype: DTypeLike = "float32", variant: str | None = None
 ) -> models.Model:
     """Load CLIP alone, for `encode_text` and `encode_image`; of any of those formats.
 
@@ -100,26 +109,47 @@ def load_local_clip(
 
 def _load(
     paths: Sequence[str | Path],
-    dtype: str,
+    dtype: DTypeLike,
     offload: bool,
     only: Sequence[str] | None,
     variant: str | None,
 ) -> models.Model:
-    if dtype not in weights.DTYPES:
-        raise UserError(f"dtype={dtype!r}: must be one of {', '.join(weights.DTYPES)}")
+    for path in paths:
+        if not isinstance(path, str | os.PathLike) or not str(path):
+            raise UserError(
+                f"path={short(path)}: give a directory, a URL or the name of a model; "
+                "several one after the other, not in a list"
+            )
+    dtype = _check_dtype(dtype)
+    offload = values.check_bool("offload", offload)
+    if variant is not None and not (isinstance(variant, str) and variant):
+        raise UserError(f'variant={short(variant)}: give text, as "fp16"')
+    use_compilation_cache(quiet=True)
     devices = models.mesh()
-    put = models.placer(devices, jnp.dtype(dtype), offload)
+    put = models.placer(devices, dtype, offload)
 
     def place(array: np.ndarray) -> object:
-        return put(tensors.cast(array, jnp.dtype(dtype)))
+        return put(tensors.cast(array, dtype))
 
     def read(path: str | Path) -> checkpoint.Export:
         return karlo.read_any(find(path, variant), place, only, variant, accept.part)
 
     exports = [(str(path), read(path)) for path in paths]
-    model = models.assemble(exports, devices, jnp.dtype(dtype))
+    model = models.assemble(exports, devices, dtype)
     accept.whole(model)
     return model
+
+
+def _check_dtype(dtype: Any) -> np.dtype:
+    """Return the dtype of a name or of what else NumPy takes for one."""
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or found.name not in weights.DTYPES:
+        allowed = ", ".join(weights.DTYPES)
+        raise UserError(f"dtype={short(dtype)}: must be one of {allowed}")
+    return found
 
 
 def find(path: str | Path, variant: str | None = None) -> Path:

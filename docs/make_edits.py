@@ -6,7 +6,7 @@ import numpy as np
 
 import dalle2_jax
 from dalle2_jax.data import image
-from dalle2_jax.train.cache import use_compilation_cache
+from dalle2_jax.runtime import use_compilation_cache
 
 FOLDER = Path(__file__).with_name("edits")
 RED = "a large red circle on a white background"

@@ -14,9 +14,9 @@ PACKAGE = ROOT / "dalle2_jax"
 FLOORS = {
     "errors": -1,
     "files": 0,
+    "runtime": 0,
     "storage": 0,
     "tensors": 0,
-    "xla": 0,
     "flags": 1,
     "nn": 1,
     "diffusion": 1,

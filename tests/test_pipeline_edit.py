@@ -8,7 +8,7 @@ import dalle2_jax
 from dalle2_jax.data import image, shapes
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import codes
-from dalle2_jax.pipeline import edit
+from dalle2_jax.pipeline import edit, latent
 
 RED, BLUE = "a small red circle", "a large blue star on a black background"
 STEPS = {"steps": {"decoder": 20}}
@@ -42,17 +42,17 @@ def test_inversion_and_decoding_give_the_picture_back(pictures):
     model = dalle2_jax.load().up_to(32)
     base = np.stack([image.square(p, model.decoder.size) for p in pictures])
     quality = [
-        psnr(edit.reconstruct(model, pictures, steps={"decoder": steps}), base)
+        psnr(latent.reconstruct(model, pictures, steps={"decoder": steps}), base)
         for steps in (10, 100)
     ]
     assert quality[1] > 30 and quality[1] > quality[0]
 
 
 def test_the_latent_has_clips_embedding_and_noise(model, pictures):
-    z, x_T = edit.invert(model, pictures, **STEPS)
+    z, x_T = latent.invert(model, pictures, **STEPS)
     np.testing.assert_allclose(z, dalle2_jax.encode_image(model, pictures))
     assert x_T.shape == (2, 16, 16, 3)
-    one = edit.invert(model, pictures[1], **STEPS)
+    one = latent.invert(model, pictures[1], **STEPS)
     np.testing.assert_allclose(one.x_T[0], x_T[1], atol=1e-4)
 
 
@@ -60,7 +60,7 @@ def test_the_latent_has_clips_embedding_and_noise(model, pictures):
 
 
 def test_a_variation_at_eta_0_is_the_reconstruction(model, pictures):
-    expected = edit.reconstruct(model, pictures[0], size=16, **STEPS)
+    expected = latent.reconstruct(model, pictures[0], size=16, **STEPS)
     varied = edit.variations(model, pictures[0], eta=0.0, num=2, size=16, **STEPS)
     assert same(varied[0], expected[0]) and same(varied[1], expected[0])
 
@@ -79,7 +79,7 @@ def test_variations_differ_the_more_the_larger_eta(model, pictures):
 
 def test_an_interpolation_ends_in_the_reconstructions(model, pictures):
     path = edit.interpolate(model, *pictures, frames=4, **STEPS)
-    ends = edit.reconstruct(model, pictures, **STEPS)
+    ends = latent.reconstruct(model, pictures, **STEPS)
     assert path.shape == (4, 32, 32, 3)
     assert same(path[0], ends[0]) and same(path[-1], ends[1])
     shared = edit.interpolate(
@@ -104,7 +104,7 @@ def test_pca_goes_from_the_mean_embedding_to_the_picture(model, pictures):
     table = codes.fit(np.concatenate([z, others]), 32)
     known = model._replace(statistics={"ar_prior": table._asdict()})
     views = edit.pca(known, pictures[0], components=[0, 32], **STEPS)
-    ends = edit.decode(model, np.stack([table.mean, z[0]]), **STEPS)
+    ends = latent.decode(model, np.stack([table.mean, z[0]]), **STEPS)
     assert same(views, ends)
     assert len(edit.pca(known, pictures[0], **STEPS)) == 6  # 1, 2, 4, 8, 16, 32
 
@@ -120,7 +120,7 @@ def test_a_text_diff_begins_with_the_reconstruction(model, pictures, direction):
 
     path = diff(1.0)
     assert path.shape == (3, 32, 32, 3)
-    assert same(path[0], edit.reconstruct(model, pictures[0], **STEPS)[0])
+    assert same(path[0], latent.reconstruct(model, pictures[0], **STEPS)[0])
     assert (path[0] != path[-1]).any()
     assert same(diff([1.0])[0], path[-1])
 
@@ -137,7 +137,7 @@ def test_pictures_of_any_mode(model, mode, tmp_path):
         picture = picture.convert(mode)
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     picture.save(path)
-    z = edit.invert(model, str(path), steps={"decoder": 2}).z
+    z = latent.invert(model, str(path), steps={"decoder": 2}).z
     assert np.isfinite(z).all()
 
 
@@ -153,9 +153,9 @@ def test_what_cannot_be_done_is_told(model, pictures, tmp_path):
     a, b = pictures
     notes = tmp_path / "notes.txt"
     notes.write_text("no picture")
-    refuse(lambda: edit.invert(model, str(notes)), "not a picture")
-    refuse(lambda: edit.invert(model, str(tmp_path / "none.png")), "no file")
-    refuse(lambda: edit.invert(model, np.zeros((4, 4))), "uint8 [height, width, 3]")
+    refuse(lambda: latent.invert(model, str(notes)), "not a picture")
+    refuse(lambda: latent.invert(model, str(tmp_path / "none.png")), "no file")
+    refuse(lambda: latent.invert(model, np.zeros((4, 4))), "uint8 [height, width, 3]")
     refuse(lambda: edit.variations(model, pictures), "2 pictures: give one")
     refuse(lambda: edit.variations(model, a, eta=1.5), "eta is [1.5]", "0 to 1")
     refuse(lambda: edit.variations(model, a, eta=0.5, noise={"decoder": 0}), "noise")
@@ -171,6 +171,6 @@ def test_what_cannot_be_done_is_told(model, pictures, tmp_path):
     refuse(lambda: edit.pca(known, a, components=[5]), "[5]", "0 to 4")
     refuse(lambda: edit.blend(model), "nothing to blend")
     refuse(lambda: edit.blend(model, [a], weights=[1, 2]), "give 1 positive")
-    refuse(lambda: edit.decode(model, np.zeros((1, 3))), "[1, 3]", "[n, 32]")
+    refuse(lambda: latent.decode(model, np.zeros((1, 3))), "[1, 3]", "[n, 32]")
     z = np.zeros((1, 32))
-    refuse(lambda: edit.decode(model, z, np.zeros((1, 8, 8, 3))), "[1, 16, 16, 3]")
+    refuse(lambda: latent.decode(model, z, np.zeros((1, 8, 8, 3))), "[1, 16, 16, 3]")

@@ -7,7 +7,7 @@ import pytest
 
 import dalle2_jax
 from configs import clip as configs_clip
-from dalle2_jax import checkpoint, parts, xla
+from dalle2_jax import checkpoint, parts, runtime
 from dalle2_jax.errors import UserError
 from dalle2_jax.planning import blueprint
 from dalle2_jax.train import loop, update
@@ -53,7 +53,7 @@ def test_the_training_step_is_the_loops(stage, base, tmp_path, monkeypatch):
     monkeypatch.undo()
     clip = checkpoint.load(checkpoint.BUNDLED).config["parts"]["clip"]["net"]
     mesh = meshes.make(**config.mesh)
-    program = blueprint.train(config, clip, mesh, xla.compiler_options())
+    program = blueprint.train(config, clip, mesh, runtime.compiler_options())
     assert program.traced.lower().as_text() == str(lowered.value)
 
 

@@ -8,8 +8,8 @@ import io
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.errors import UserError, cut, first_line
 
 # Only the formats of these extensions are read, whatever a file is called: Pillow's
 # decoders of others start a program (EPS) or take nearly any file for theirs (TGA).
@@ -34,6 +34,9 @@ EXTENSIONS = tuple(
 FORMATS = tuple({Image.registered_extensions()[e]: None for e in EXTENSIONS})
 GRID_PIXELS = 2**27
 CROPS = ("center", "random")
+
+# What `read` takes.
+Picture = str | os.PathLike | bytes | IO[bytes] | Image.Image | np.ndarray | jax.Array
 
 # What OpenAI's CLIP was trained with: statistics of pictures in [0, 1].
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -62,28 +65,52 @@ def clip_normalize(x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
 # Files
 
 
-def read(source: Any, at_least: int | None = None) -> Image.Image:
+def read(
+    source: Any, at_least: int | None = None, what: str = "the picture"
+) -> Image.Image:
     """Return a picture as RGB: upright by its EXIF, transparency on white.
 
     Of several frames it is the first. Pictures of 32 bits are scaled to 8 by their
     values, see `_levels`.
 
     Args:
-      source: a path, the bytes of a file or an open one, a PIL image, or an array uint8
-        [h, w], [h, w, 1], [h, w, 3] or [h, w, 4] (RGBA).
+      source: a path, the bytes of a file or an open one, a PIL image, or an array of
+        numpy or JAX, uint8 or bool (False is black), [h, w], [h, w, 1], [h, w, 3] or
+        [h, w, 4] (RGBA). Arrays of floats are refused: their range is not known.
       at_least: let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, several times as
         fast, as long as both its sides keep at least so many pixels.
+      what: its name in an error.
 
     Raises:
       UserError: not a picture in one of `FORMATS`, damaged, or of more pixels than
         Pillow allows (twice PIL.Image.MAX_IMAGE_PIXELS, 179 million).
     """
-    return _read(source, _to_rgb, at_least)
+    return _read(source, _to_rgb, at_least, what)
 
 
-def read_rgba(source: Any) -> Image.Image:
+def read_rgba(source: Any, what: str = "the picture") -> Image.Image:
     """Return a picture as RGBA, not premultiplied; see `read`."""
-    return _read(source, _to_rgba)
+    return _read(source, _to_rgba, what=what)
+
+
+def as_list(pictures: Any) -> list[Any]:
+    """Return one picture or several as a list; the pictures are not read.
+
+    Several are a list, a tuple, an iterator, or an array [n, h, w, c].
+    """
+    several = isinstance(pictures, list | tuple | Iterator)
+    several &= not hasattr(pictures, "read") and not hasattr(pictures, "_fields")
+    if several or getattr(pictures, "ndim", 0) == 4:
+        return list(pictures)
+    return [pictures]
+
+
+def as_one(picture: Any, name: str = "picture") -> Any:
+    """Return the one picture; UserError if there are none or several."""
+    pictures = as_list(picture)
+    if len(pictures) != 1:
+        raise UserError(f"{name} is {len(pictures)} pictures: give one")
+    return pictures[0]
 
 
 def save_png(
@@ -141,26 +168,21 @@ def _read(
     source: Any,
     convert: Callable[[Image.Image], Image.Image],
     at_least: int | None = None,
+    what: str = "the picture",
 ) -> Image.Image:
     """A picture that is converted once it is decoded; UserError if that fails."""
-    name = "the picture"
+    name = what
     if isinstance(source, str | os.PathLike):
         source = os.path.expanduser(source)
-        name += f" {source}"
-    elif isinstance(source, np.ndarray | jax.Array):
-        source = _from_array(np.asarray(source))
-    elif not isinstance(source, bytes | Image.Image) and not hasattr(source, "read"):
-        raise UserError(
-            f"a picture of type {type(source).__name__}: give a path, the bytes of a "
-            "file, a PIL image or an array uint8 [height, width, 3]"
-        )
+        name += f" {cut(str(source), 300)}"
     try:
         picture = convert(_open(source, at_least))
         if not all(picture.size):
             raise UserError(f"it has {picture.width} × {picture.height} pixels")
         return picture
     except FileNotFoundError:
-        raise UserError(f"there is no file {source}") from None
+        path = cut(str(source), 300)
+        raise UserError(f"{what}: there is no file {path}") from None
     # Pillow's decoders raise nearly anything when fed damaged bytes.
     except Exception as error:
         reason = first_line(error)
@@ -169,28 +191,53 @@ def _read(
         raise UserError(f"cannot read {name}: {reason}") from error
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4):
-        raise UserError(
-            f"a picture of shape {array.shape} and dtype {array.dtype}: give uint8 "
-            "[height, width, 3]"
-        )
-    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
-
-
 def _open(source: Any, at_least: int | None) -> Image.Image:
     """A picture of any mode, loaded and upright."""
     if isinstance(source, Image.Image):
         return _upright(source.copy())
+    if isinstance(source, np.ndarray | jax.Array):
+        return _from_array(np.asarray(source))
+    if isinstance(source, str | bytes) or hasattr(source, "read"):
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+    else:
+        raise UserError(
+            f"it is of type {type(source).__name__}; give a path, the bytes of a file, "
+            "a PIL image or an array uint8 [height, width, 3]"
+        )
     if isinstance(source, str) and not stat.S_ISREG(os.stat(source).st_mode):
         raise UserError("it is not a file")  # reading a pipe or a device may not end
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
     with Image.open(file, formats=FORMATS) as picture:
         if at_least is not None:
             picture.draft(None, (at_least, at_least))
         picture.load()
         return _upright(picture)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    told = f"it is an array of shape {array.shape} and dtype {array.dtype}"
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)):
+        raise UserError(f"{told}: give uint8 [height, width, 3]")
+    if not array.size:
+        raise UserError(f"it has {array.shape[1]} × {array.shape[0]} pixels")
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    if array.dtype != np.uint8:
+        raise UserError(f"{told}: {_remedy(array)}")
+    return Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+
+
+def _remedy(array: np.ndarray) -> str:
+    """How to make uint8 of an array, if its range tells."""
+    low, high = (array.min(), array.max()) if array.dtype.kind in "iuf" else (1, 0)
+    if array.dtype.kind == "f" and 0 <= low <= high <= 1:
+        as_uint8 = "(255 * x).round().astype(np.uint8) of a range from 0 to 1"
+    elif array.dtype.kind == "f" and -1 <= low <= high <= 1:
+        as_uint8 = "(127.5 * (x + 1)).round().astype(np.uint8) of a range from -1 to 1"
+    elif 0 <= low <= high <= 255:
+        as_uint8 = "x.astype(np.uint8)"
+    else:
+        return "give uint8, from 0 to 255"
+    return f"give uint8, as {as_uint8}"
 
 
 def _upright(picture: Image.Image) -> Image.Image:

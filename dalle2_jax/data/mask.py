@@ -3,12 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from dalle2_jax.data import image
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, short
 
 MODES = ("alpha", "luminance")
 
@@ -19,9 +20,7 @@ OPAQUE = 250
 SAME, FLAT = 16, 4
 
 
-def read_mask(
-    source: Any, picture: Any, mode: str | None = None
-) -> Bool[np.ndarray, "h w"]:
+def read_mask(source: Any, picture: Any, mode: Any = None) -> Bool[np.ndarray, "h w"]:
     """Return which pixels of a picture a mask selects.
 
     A mask without transparent pixels selects by luminance. One with transparent pixels
@@ -32,24 +31,25 @@ def read_mask(
                      that a layer of white strokes selects the strokes.
 
     Args:
-      source: a picture as large, an array [h, w] of bool, uint8 or floats from 0 to 1,
-        or what else `image.read` takes. None selects what is not opaque in the picture.
+      source: a picture as large, an array [h, w] or [h, w, 1] of bool, uint8 or floats
+        from 0 to 1, or what else `image.read` takes. None selects what is not opaque in
+        the picture.
       picture: what `image.read` takes.
 
     Raises:
       UserError: a mask of another size, one that could mean either, or that lacks what
         the mode selects by.
     """
-    if mode not in (None, *MODES):
-        raise UserError(f'mask_mode={mode!r}: must be "alpha" or "luminance"')
+    if mode is not None and not (isinstance(mode, str) and mode in MODES):
+        raise UserError(f'mask_mode={short(mode)}: must be "alpha" or "luminance"')
     if source is None:
         return _own(image.read_rgba(picture), mode)
-    if isinstance(source, np.ndarray | jax.Array) and source.ndim == 2:
+    if _is_grey(source):
         if mode == "alpha":
             raise UserError('mask_mode="alpha": a mask [h, w] has no alpha')
         mask, selected = None, _threshold(np.asarray(source))
     else:
-        mask = np.asarray(image.read_rgba(source))
+        mask = np.asarray(image.read_rgba(source, "the mask"))
         selected = mask[..., 3] < OPAQUE
     picture = image.read_rgba(picture)
     if selected.shape[::-1] != picture.size:
@@ -115,12 +115,22 @@ def _own(picture: Image.Image, mode: str | None) -> Bool[np.ndarray, "h w"]:
     return selected
 
 
+def _is_grey(source: Any) -> bool:
+    """Whether a mask is an array [h, w] or [h, w, 1]."""
+    if not isinstance(source, np.ndarray | jax.Array):
+        return False
+    return source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 1)
+
+
 def _threshold(mask: np.ndarray) -> Bool[np.ndarray, "h w"]:
+    mask = mask.reshape(mask.shape[:2])
     if mask.dtype == bool:
         return mask
     if mask.dtype == np.uint8:
+        if mask.max(initial=0) == 1:  # of 255: it would select nothing
+            raise UserError("a mask uint8 of 0 and 1: give mask.astype(bool)")
         return mask >= 128
-    if mask.dtype.kind == "f" and ((0 <= mask) & (mask <= 1)).all():
+    if jnp.issubdtype(mask.dtype, np.floating) and ((0 <= mask) & (mask <= 1)).all():
         return mask >= 0.5
     raise UserError(
         f"a mask of dtype {mask.dtype}: give bool, uint8 or floats from 0 to 1"

@@ -37,7 +37,7 @@ from dalle2_jax.parts.stage import (
     see,
     upon_clip,
 )
-from dalle2_jax.xla import jit
+from dalle2_jax.runtime import jit
 
 static = partial(flax.struct.field, pytree_node=False)
 

@@ -41,7 +41,7 @@ from dalle2_jax.parts.stage import (
     see,
     upon_clip,
 )
-from dalle2_jax.xla import jit
+from dalle2_jax.runtime import jit
 
 
 def arguments(config: ConfigDict, clip: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from dalle2_jax.parts.stage import (
     see,
     upon_clip,
 )
-from dalle2_jax.xla import jit
+from dalle2_jax.runtime import jit
 
 log = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from dalle2_jax.parts.stage import (
     load_models,
     make_batches,
 )
-from dalle2_jax.xla import jit
+from dalle2_jax.runtime import jit
 
 
 def arguments(config: ConfigDict, clip: Mapping[str, Any] | None) -> dict[str, Any]:

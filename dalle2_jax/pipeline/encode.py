@@ -10,12 +10,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
 from dalle2_jax.data import image
+from dalle2_jax.data.image import Picture
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import Caption
 from dalle2_jax.parts import stage
 from dalle2_jax.parts.component import Component
+from dalle2_jax.pipeline import values
 from dalle2_jax.pipeline.models import Model, in_batches, require
-from dalle2_jax.xla import jit
+from dalle2_jax.pipeline.settings import check_model
+from dalle2_jax.runtime import jit
 
 BATCH = 64  # the most captions or pictures at once on a device
 
@@ -30,10 +33,8 @@ def encode_text(clip: Model, texts: str | Sequence[str]) -> Float[np.ndarray, "n
     Raises:
       UserError: there are no captions, or the model has no CLIP.
     """
-    require(clip, "tokenizer", "clip")
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    if not texts:
-        raise UserError("no captions: give at least one")
+    check_model(clip, "tokenizer", "clip")
+    texts = values.check_texts(texts, "text")
     tokens = clip.tokenizer.encode(texts, clip.clip.network.context_length)
     return encode_tokens(clip, tokens)
 
@@ -50,23 +51,31 @@ def encode_tokens(
     return in_batches(some, len(tokens), clip.devices.size, most)
 
 
-def encode_image(clip: Model, images: Any) -> Float[np.ndarray, "n d"]:
+def encode_image(
+    clip: Model, images: Picture | Sequence[Picture]
+) -> Float[np.ndarray, "n d"]:
     """CLIP embeddings of pictures, not normalised to unit length, float32.
 
     Args:
       clip: from `load_clip`, or any model whose CLIP has its image tower.
-      images: a picture or a sequence of them, each a PIL image, an array uint8
-        [h, w, 3], or the path of a file; of any size. They are resized, cropped and
-        normalised as transformers' CLIPImageProcessor does.
+      images: a picture or a list of them, each a PIL image, an array uint8 [h, w, 3],
+        the path of a file, or what else `data.image.read` takes; of any size. They are
+        resized, cropped and normalised as transformers' CLIPImageProcessor does.
 
     Raises:
       UserError: a picture can't be read, or the model has no image tower.
     """
+    check_model(clip, "clip")
+    return encode_squares(clip, read_squares(clip, images))
+
+
+def read_squares(clip: Model, images: Any) -> UInt8[np.ndarray, "n s s 3"]:
+    """One picture or several as CLIP's image tower takes them."""
     size = image_size(clip)
-    images = as_list(images)
+    images = image.as_list(images)
     if not images:
         raise UserError("no pictures: give at least one")
-    return encode_squares(clip, np.stack([image.clip_input(x, size) for x in images]))
+    return np.stack([image.clip_input(x, size) for x in images])
 
 
 def encode_squares(
@@ -126,31 +135,23 @@ def image_size(clip: Model) -> int:
 
 
 def clip_score(
-    clip: Model, images: Any, texts: str | Sequence[str]
+    clip: Model, images: Picture | Sequence[Picture], texts: str | Sequence[str]
 ) -> Float[np.ndarray, " n"]:
     """Cosines of the CLIP embeddings of pictures and captions, one caption each.
 
     Arguments and errors are those of `encode_image` and `encode_text`.
     """
-    z_image, z_text = encode_image(clip, images), encode_text(clip, texts)
-    if len(z_image) != len(z_text):
-        raise UserError(f"{len(z_image)} pictures and {len(z_text)} captions")
+    check_model(clip, "tokenizer", "clip")
+    texts = values.check_texts(texts, "text")
+    squares = read_squares(clip, images)
+    if len(squares) != len(texts):
+        raise UserError(
+            f"{len(squares)} pictures and {len(texts)} texts: give a text for each "
+            "picture"
+        )
+    z_image, z_text = encode_squares(clip, squares), encode_text(clip, texts)
     products = (z_image * z_text).sum(-1)
     return products / np.linalg.norm(z_image, axis=-1) / np.linalg.norm(z_text, axis=-1)
-
-
-def as_list(images: Any) -> list[Any]:
-    """One picture or several as a list."""
-    several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-    return list(images) if several or np.ndim(images) == 4 else [images]
-
-
-def as_one(picture: Any) -> list[Any]:
-    """A list of the one picture; a UserError if there are several."""
-    pictures = as_list(picture)
-    if len(pictures) != 1:
-        raise UserError(f"{len(pictures)} pictures: give one")
-    return pictures
 
 
 def spread(model: Model) -> NamedSharding:

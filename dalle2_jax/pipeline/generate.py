@@ -10,13 +10,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from dalle2_jax.data import image
+from dalle2_jax.diffusion.settings import MOST_STEPS
 from dalle2_jax.parts import part, part_of
 from dalle2_jax.parts.component import Component, Inputs
 from dalle2_jax.pipeline import settings as asked
-from dalle2_jax.pipeline.encode import clip_score, encode_caption, spread
-from dalle2_jax.pipeline.models import Model, batches, require
+from dalle2_jax.pipeline import values
+from dalle2_jax.pipeline.encode import (
+    clip_score,
+    encode_caption,
+    image_size,
+    spread,
+)
+from dalle2_jax.pipeline.models import Model, batches
 from dalle2_jax.pipeline.settings import PRIOR_COMPONENTS, Groups, Settings
 
+NEEDS = ("tokenizer", "clip", "decoder")
 BATCH = 16  # the most pictures at once on a device
 
 # Called as progress(stage, pictures done, pictures in all). If it has a method
@@ -84,13 +92,14 @@ def text_to_image(
     Raises:
       UserError: an empty prompt, or settings that the model cannot meet.
     """
-    num = asked.check_num(num)
-    made = (
-        num
-        if best_of is None
-        else asked.check_integer("best_of", best_of, num, asked.MOST_PICTURES)
-    )
-    prompts = asked.check_prompts(prompts)
+    asked.check_model(model, *NEEDS)
+    prompts = values.check_prompts(prompts)
+    made = num = values.check_num(num, len(prompts))
+    if best_of is not None:
+        image_size(model)  # by which CLIP compares them
+        most = max(num, values.MOST_PICTURES // len(prompts))
+        made = values.check_integer("best_of", best_of, num, most)
+    values.check_progress(progress)
     settings = Settings(size, steps, guidance, guidance_interval, sampler, noise)
     model, request = make_request(
         model, prompts, seed, made, settings, negative_prompt, prior
@@ -158,16 +167,13 @@ def stream(
       ("decoder", small pictures), then ("upsampler S", pictures of side S), from the
       smallest to the largest; of each batch in turn, if there are several.
     """
+    if every is not None:
+        every = values.check_integer("every", every, 1, MOST_STEPS)
     settings = Settings(size, steps, guidance, guidance_interval, sampler)
     model, request = make_request(
         model, prompts, seed, num, settings, negative_prompt, prior
     )
-    if every is not None:
-        every = asked.check_integer("every", every, 1, 10**6)
-    for made in run(model, request, every):
-        if made.pictures:
-            count = len(np.unique(made.rows))
-            yield made.stage, np.asarray(image.to_uint8(made.x))[:count]
+    return _views(model, request, every)
 
 
 class Request(NamedTuple):
@@ -222,30 +228,31 @@ class Made(NamedTuple):
 
 
 def make_request(
-    model: Model,
-    prompts: str | Sequence[str],
-    seed: int | None,
-    num: int,
+    model: Any,
+    prompts: Any,
+    seed: Any,
+    num: Any,
     settings: Settings,
-    negative_prompt: str | Sequence[str] | None = "",
-    prior: str | None = None,
+    negative_prompt: Any = "",
+    prior: Any = None,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Model, Request]:
     """What of the model runs, and the request for ``num`` pictures of each prompt.
 
-    ``changes`` are as of settings.resolve.
+    All is checked. ``changes`` are as of settings.resolve.
     """
-    require(model, "tokenizer", "clip", "decoder")
+    asked.check_model(model, *NEEDS)
     prior = asked.which_prior(model, prior)
-    prompts = asked.check_prompts(prompts)
-    negative = asked.check_negative(negative_prompt, len(prompts))
-    num = asked.check_num(num)
-    seed = asked.check_seed(seed)
+    prompts = values.check_prompts(prompts)
+    negative = values.check_negative(negative_prompt, len(prompts))
+    num = values.check_num(num, len(prompts))
     model = asked.cut(model, settings.size)
     groups = Groups.of(model, PRIOR_COMPONENTS.get(prior))
     sampling = asked.resolve(model, settings, groups, changes)
+    count = num * len(prompts)
+    given = asked.given_noise(model, settings.noise, count, groups, sampling)
+    seed = values.check_seed(seed)
     tokens = tokenize(model, prompts).repeat(num, axis=0)
-    count = len(tokens)
     return model, Request(
         tokens=tokens,
         null=tokenize(model, negative).repeat(num, axis=0),
@@ -253,7 +260,7 @@ def make_request(
         numbers=np.arange(count),
         sampling={name: [each] * count for name, each in sampling.items()},
         prior=prior,
-        given=asked.given_noise(model, settings.noise, count, groups, sampling),
+        given=given,
     )
 
 
@@ -286,6 +293,16 @@ def _hand_over(
 ) -> None:
     if hasattr(progress, "finished"):
         progress.finished(pictures)
+
+
+def _views(
+    model: Model, request: Request, every: int | None
+) -> Iterator[tuple[str, UInt8[np.ndarray, "b h w 3"]]]:
+    """What `stream` yields; apart, so that a call is checked before it is iterated."""
+    for made in run(model, request, every):
+        if made.pictures:
+            count = len(np.unique(made.rows))
+            yield made.stage, np.asarray(image.to_uint8(made.x))[:count]
 
 
 def run(model: Model, request: Request, every: int | None = None) -> Iterator[Made]:

@@ -10,14 +10,14 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 
 from dalle2_jax.data import image
+from dalle2_jax.data.image import Picture
 from dalle2_jax.data.mask import known_square, read_mask, square_mask
 from dalle2_jax.diffusion import generate as diffusion
-from dalle2_jax.errors import UserError
-from dalle2_jax.pipeline import generate
+from dalle2_jax.errors import UserError, short
+from dalle2_jax.pipeline import generate, values
 from dalle2_jax.pipeline import settings as asked
-from dalle2_jax.pipeline.edit import Pictures
-from dalle2_jax.pipeline.encode import as_one
-from dalle2_jax.pipeline.generate import Progress, Request
+from dalle2_jax.pipeline.generate import NEEDS, Progress, Request
+from dalle2_jax.pipeline.latent import Pictures
 from dalle2_jax.pipeline.models import Model, in_batches
 from dalle2_jax.pipeline.settings import Settings
 
@@ -27,7 +27,7 @@ MOST_REPEATS = 1000
 
 def img2img(
     model: Model,
-    picture: Any,
+    picture: Picture,
     prompt: str,
     *,
     strength: float | int = 0.7,
@@ -51,13 +51,17 @@ def img2img(
     Raises:
       UserError: a strength out of range, or as `text_to_image`.
     """
-    strength = asked.check_number("strength", strength, 0, 1, above=True)
+    asked.check_model(model, *NEEDS)
+    strength = values.check_number("strength", strength, 0, 1, above=True)
+    values.check_progress(progress)
+    picture = image.read(image.as_one(picture))
+    prompt = values.check_prompt(prompt)
     settings = Settings(size, steps, guidance, guidance_interval, sampler)
-    model, request = generate.make_request(model, [prompt], seed, num, settings)
+    model, request = generate.make_request(model, prompt, seed, num, settings)
     decoder, sampling = model.decoder, request.sampling["decoder"]
     table = diffusion.levels(decoder.diffusion, sampling[0])
     left = max(1, round(strength * table.steps))
-    x0 = image.to_float(image.square(as_one(picture)[0], decoder.size))
+    x0 = image.to_float(image.square(picture, decoder.size))
 
     def noised(rows: np.ndarray) -> np.ndarray:
         keys = generate.make_keys(request.seeds[rows], request.numbers[rows])
@@ -74,8 +78,8 @@ def img2img(
 
 def inpaint(
     model: Model,
-    picture: Any,
-    mask: Any,
+    picture: Picture,
+    mask: Picture | None,
     prompt: str,
     *,
     seed: int | None = 0,
@@ -109,10 +113,14 @@ def inpaint(
       UserError: a mask of another size, one that selects nothing, or that could mean
         either; or as `text_to_image`.
     """
-    picture = as_one(picture)[0]
+    asked.check_model(model, *NEEDS)
+    repeats = values.check_integer("repeats", repeats, 1, MOST_REPEATS)
+    values.check_progress(progress)
+    picture = image.read_rgba(image.as_one(picture))
     selected = read_mask(mask, picture, mask_mode)
+    prompt = values.check_prompt(prompt)
     settings = Settings(size, steps, guidance, guidance_interval, sampler)
-    model, request = generate.make_request(model, [prompt], seed, num, settings)
+    model, request = generate.make_request(model, prompt, seed, num, settings)
     side = model.sizes[-1]
     white = square_mask(selected, side)
     if not white.any():
@@ -126,7 +134,7 @@ def inpaint(
 
 def outpaint(
     model: Model,
-    picture: Any,
+    picture: Picture,
     prompt: str,
     *,
     extend: float | int = 0.5,
@@ -153,15 +161,19 @@ def outpaint(
     Raises:
       UserError: a canvas that is not larger, a place out of range; or as `inpaint`.
     """
-    picture = image.read(as_one(picture)[0])
-    extend = asked.check_number("extend", extend, 0, 7, above=True)
-    place = tuple(asked.check_fractions("place", place))
-    if len(place) != 2:
-        raise UserError(f"place={place}: give two numbers from 0 to 1")
+    asked.check_model(model, *NEEDS)
+    extend = values.check_number("extend", extend, 0, 7, above=True)
+    where = values.check_numbers("place", place, 0, 1)
+    if len(where) != 2:
+        raise UserError(f"place={short(place)}: give two numbers from 0 to 1")
+    repeats = values.check_integer("repeats", repeats, 1, MOST_REPEATS)
+    values.check_progress(progress)
+    picture = image.read(image.as_one(picture))
+    prompt = values.check_prompt(prompt)
     settings = Settings(size, steps, guidance, guidance_interval, sampler)
-    model, request = generate.make_request(model, [prompt], seed, num, settings)
+    model, request = generate.make_request(model, prompt, seed, num, settings)
     side = model.sizes[-1]
-    canvas, white = image.on_canvas(picture, side, 1 + extend, place)
+    canvas, white = image.on_canvas(picture, side, 1 + extend, tuple(where))
     return _paint(model, request, canvas, white, repeats, progress)
 
 
@@ -174,7 +186,6 @@ def _paint(
     progress: Progress | None,
 ) -> Pictures:
     """Paints what is white; the rest of the picture stays to the bit."""
-    repeats = asked.check_integer("repeats", repeats, 1, MOST_REPEATS)
     if not model.decoder.network.inpaints:
         again = {"sampler": "repaint", "repeats": repeats}
         each = [settings | again for settings in request.sampling["decoder"]]

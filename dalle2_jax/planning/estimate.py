@@ -100,7 +100,7 @@ def plan(
     """
     import jax
 
-    from dalle2_jax import xla
+    from dalle2_jax import runtime
     from dalle2_jax.planning import blueprint
     from dalle2_jax.train import measure
     from dalle2_jax.train import mesh as meshes
@@ -108,7 +108,7 @@ def plan(
     start = time.monotonic()
     chip = topology.chip
     mesh = meshes.make(**config.mesh, devices=devices(topology))
-    own = {} if topology.tpu else xla.compiler_options()
+    own = {} if topology.tpu else runtime.compiler_options()
     if pictures is None:
         program = blueprint.train(config, clip, mesh, own)
     else:

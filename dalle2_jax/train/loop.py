@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dalle2_jax import checkpoint, xla
+from dalle2_jax import checkpoint, runtime
 from dalle2_jax.errors import UserError
 from dalle2_jax.train import checkpoints, cluster, measure, optim
 from dalle2_jax.train import mesh as meshes
@@ -126,7 +126,7 @@ def train(
         jit = functools.partial(
             jax.jit,
             out_shardings=everywhere,
-            compiler_options=xla.compiler_options(),
+            compiler_options=runtime.compiler_options(),
         )
         take = cluster.compiled_by_all(update)
         distance = cluster.compiled_by_all(jit(ema_distance))

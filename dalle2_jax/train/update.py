@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dalle2_jax import xla
+from dalle2_jax import runtime
 from dalle2_jax.train import mesh as meshes
 from dalle2_jax.train import optim
 
@@ -58,7 +58,7 @@ def make_step(
         options: XLA's; None for those of the devices that are here.
     """
     if options is None:
-        options = xla.compiler_options()
+        options = runtime.compiler_options()
     init_key, step_key, _ = split_seed(config.seed)
 
     def begin(params):

@@ -1,12 +1,18 @@
-"""How XLA compiles what is trained and sampled."""
+"""What is set in JAX: how XLA compiles, and where compiled programs are kept."""
 
 import functools
+import logging
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from dalle2_jax.errors import first_line
+
+log = logging.getLogger(__name__)
 
 # What is left to YNNPACK: products of matrices, and sums.
 _CONVOLUTIONS = {
@@ -74,3 +80,29 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return compiled()(*arguments)
 
     return call
+
+
+def use_compilation_cache(quiet: bool = False) -> None:
+    """Keep compiled programs in ~/.cache/dalle2_jax for the next process.
+
+    A directory that the user has set, by JAX_COMPILATION_CACHE_DIR or jax.config, stays
+    in use. Without a home directory, or without permission to write there, programs are
+    compiled in every process; a warning says so unless ``quiet``.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(cache) / "dalle2_jax" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        if not quiet:
+            log.warning(
+                "compiled programs are not kept (%s): JAX_COMPILATION_CACHE_DIR can "
+                "name a directory for them",
+                first_line(error),
+            )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
