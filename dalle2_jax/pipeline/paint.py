@@ -18,11 +18,11 @@ from dalle2_jax.pipeline import settings as asked
 from dalle2_jax.pipeline.edit import Pictures
 from dalle2_jax.pipeline.encode import as_one
 from dalle2_jax.pipeline.generate import Progress, Request
+from dalle2_jax.pipeline.limits import MOST_EXTEND, MOST_REPEATS
 from dalle2_jax.pipeline.models import Model, in_batches
 from dalle2_jax.pipeline.settings import Settings
 
 REPEATS = 4  # how often RePaint takes a step
-MOST_REPEATS = 1000
 
 
 def img2img(
@@ -154,7 +154,7 @@ def outpaint(
       UserError: a canvas that is not larger, a place out of range; or as `inpaint`.
     """
     picture = image.read(as_one(picture)[0])
-    extend = asked.check_number("extend", extend, 0, 7, above=True)
+    extend = asked.check_number("extend", extend, 0, MOST_EXTEND, above=True)
     place = tuple(asked.check_fractions("place", place))
     if len(place) != 2:
         raise UserError(f"place={place}: give two numbers from 0 to 1")

@@ -14,11 +14,8 @@ from dalle2_jax.diffusion import generate, schedule
 from dalle2_jax.errors import UserError
 from dalle2_jax.parts import part_of
 from dalle2_jax.parts.component import Component
+from dalle2_jax.pipeline.limits import LARGEST_SEED, MOST_GUIDANCE, MOST_PICTURES
 from dalle2_jax.pipeline.models import Model, require
-
-MOST_PICTURES = 100_000  # in one call
-MOST_GUIDANCE = 1000.0
-LARGEST_SEED = 2**32 - 1
 
 PRIOR_COMPONENTS = {"diffusion": "prior", "autoregressive": "ar_prior"}
 PRIORS = ("none", "caption")  # beside those that a model has
