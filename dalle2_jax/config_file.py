@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from dalle2_jax.errors import UserError, cut, first_line
 
@@ -22,16 +23,20 @@ class Parser(flags.ArgumentParser):
         _provide_configs(path)
         try:
             config = _run(path).get_config(*([row] if colon else []))
-            config.lock()
         except UserError:
             raise
         except Exception as error:  # whatever the code of a config raises
             frames = traceback.extract_tb(error.__traceback__)
-            lines = [f.lineno for f in frames if f.filename == str(path)]
+            lines = [f.lineno for f in frames if f.filename == str(path.absolute())]
             where = f"{path}, line {lines[-1]}" if lines else str(path)
             raise UserError(
                 f"{where}: {type(error).__name__}: {first_line(error)}"
             ) from error
+        if not isinstance(config, ConfigDict):
+            raise UserError(
+                f"{path}: get_config must return an ml_collections.ConfigDict"
+            )
+        config.lock()
         return config
 
     def flag_type(self) -> str:
@@ -106,7 +111,7 @@ def _importable(name: str) -> bool:
 
 
 def _run(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_config_file", path)
+    spec = importlib.util.spec_from_file_location("_config_file", path.absolute())
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)

@@ -53,6 +53,7 @@ def run(name: str, arguments: Sequence[str], program: str | None = None) -> None
     command = f"dalle2 {name}"
     program = program or command
     module = importlib.import_module(f"dalle2_jax.commands.{name}")
-    words = filter(None, [program, module.FLAGS.arguments, "[--flag=value ...]"])
-    about = f"usage: {' '.join(words)}\n\n{module.__doc__.replace(command, program)}"
+    words = f"{program} {module.FLAGS.arguments}".strip()
+    explained = module.__doc__.replace(command, program)
+    about = f"usage: {words} [--flag=value ...]\n\n{explained}"
     flags.run(module.FLAGS, module.main, [program, *arguments], about)
