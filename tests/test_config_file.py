@@ -27,7 +27,7 @@ def load(monkeypatch, tmp_path):
     before = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "configs"}
     for name in before:
         del sys.modules[name]
-    path = [entry for entry in sys.path if Path(entry).absolute() != ROOT]
+    path = [entry for entry in sys.path if not Path(entry, "configs").is_dir()]
     monkeypatch.setattr(sys, "path", path)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
