@@ -24,10 +24,10 @@ start = float(sys.argv[1])
 import dalle2_jax
 
 times = {"import": time.time() - start}
-try:
+try:  # as sample.py of earlier versions does; now load() does it
     from dalle2_jax.train.cache import use_compilation_cache
     use_compilation_cache()
-except ImportError:  # load() turns it on
+except ImportError:
     pass
 model = dalle2_jax.load()
 times["load"] = time.time() - start

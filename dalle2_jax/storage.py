@@ -37,12 +37,17 @@ def directory(path: str | os.PathLike, name: str) -> Path:
         path: what the user gave.
         name: of the argument, for the message.
     """
+    check_local(path, name)
+    return expand(path).absolute()
+
+
+def check_local(path: str | os.PathLike, name: str) -> None:
+    """Raise UserError if a path is a URL; `name` is of the argument."""
     if found := url(path):
         raise UserError(
             f"{name}={found} is a URL: give a directory of this machine, for instance "
             "where the bucket is mounted, and copy it afterwards"
         )
-    return expand(path).absolute()
 
 
 def expand(path: str | os.PathLike) -> Path:

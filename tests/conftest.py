@@ -40,7 +40,7 @@ install_import_hook("dalle2_jax", "beartype.beartype")
 def tiny_models(tmp_path_factory):
     """The exported model of each stage after a few steps of `quickstart.py:tiny`."""
     from configs import quickstart
-    from train import train
+    from dalle2_jax.commands.train import train
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,10 +1,5 @@
 """The command that measures a prior's errors: what it writes, and its refusals."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +8,12 @@ import pytest
 import dalle2_jax
 from configs import prior as configs_prior
 from dalle2_jax import checkpoint
+from dalle2_jax.commands import run
 from dalle2_jax.errors import UserError
 from dalle2_jax.parts import prior
 from tests.tiny import make_stage
 
-ROOT = Path(__file__).parent.parent
+CONFIG = "--config=configs/prior.py:tiny"
 
 
 def tiny_config(model):
@@ -70,26 +66,10 @@ def test_the_model_is_sampled_with_them(tiny_models, error, tmp_path):
         dalle2_jax.text_to_image(write("without", model.statistics), "a red circle")
 
 
-def run(*arguments):
-    """In a process of its own, whose flags are not train.py's."""
-    return subprocess.run(
-        [sys.executable, "-m", "dalle2_jax.analytic", *map(str, arguments)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env={**os.environ, "XLA_FLAGS": ""},
-    )
-
-
-def test_the_command(tiny_models, error, tmp_path):
-    done = run(
-        f"--model={tiny_models['upsampler']}",
-        f"--out={tmp_path / 'out'}",
-        "--config=configs/prior.py:tiny",
-        "--config.batch_size=8",
-        "--examples=16",
-    )
-    assert done.returncode == 0 and "at 500" in done.stdout, done.stderr
+def test_the_command(tiny_models, error, tmp_path, capfd):
+    given = [f"--model={tiny_models['upsampler']}", f"--out={tmp_path / 'out'}"]
+    run("analytic", [*given, CONFIG, "--config.batch_size=8", "--examples=16"])
+    assert "at 500" in capfd.readouterr().out
     before, after = (
         checkpoint.load(path) for path in (tiny_models["upsampler"], tmp_path / "out")
     )
@@ -99,9 +79,6 @@ def test_the_command(tiny_models, error, tmp_path):
     assert dalle2_jax.load(tmp_path / "out").statistics["prior_x0_error"].shape == (
         1000,
     )
-
-
-CONFIG = "--config=configs/prior.py:tiny"
 
 
 @pytest.mark.parametrize(
@@ -114,10 +91,12 @@ CONFIG = "--config=configs/prior.py:tiny"
         (["--model=m", "--out=o", CONFIG], "m is not a model"),
     ],
 )
-def test_what_it_refuses(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2 and message in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_what_it_refuses(arguments, message, capfd):
+    with pytest.raises(SystemExit) as stop:
+        run("analytic", arguments)
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and message in err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_a_model_without_a_prior(tiny_models):

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file, save_file
 import dalle2_jax
 from configs import decoder
 from dalle2_jax import checkpoint
+from dalle2_jax.commands import run
+from dalle2_jax.commands.train import train
 from dalle2_jax.convert import karlo, weights
 from dalle2_jax.errors import UserError
 from tests.golden import peer
-from train import train
 
 KINDS = ("text_to_image", "variations")
 
@@ -87,7 +88,7 @@ def test_to_diffusers_and_back_is_exact(folders, tmp_path, kind):
 def test_the_command_goes_both_ways(folders, tmp_path):
     ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
     sources = [str(folders / kind) for kind in KINDS]
-    karlo.main([*sources, ours, "--dtype", "bfloat16"])
+    run("convert", [*sources, ours, "--dtype", "bfloat16"])
     model = checkpoint.load(ours)
     assert set(model.params) == {
         "clip",
@@ -98,7 +99,7 @@ def test_the_command_goes_both_ways(folders, tmp_path):
     }
     assert "vision" in model.params["clip"]  # of the second, beside the first's prior
     assert model.params["prior"]["query"].dtype == jax.numpy.bfloat16
-    karlo.main(["--to-diffusers", ours, theirs])
+    run("convert", ["--to-diffusers", ours, theirs])
     back = karlo.read(theirs)
     for one in (model, back):  # diffusers has no place for it
         del one.params["clip"]["logit_scale"]
@@ -136,7 +137,7 @@ def test_diffusers_runs_what_is_written(folders, tmp_path, monkeypatch, kind):
 @pytest.mark.slow
 def test_what_is_fine_tuned_here_goes_to_diffusers(folders, tmp_path):
     """Both folders as one model, its decoder trained a step by the row `karlo`."""
-    karlo.main([str(folders / kind) for kind in KINDS] + [str(tmp_path / "ours")])
+    run("convert", [str(folders / kind) for kind in KINDS] + [str(tmp_path / "ours")])
     config = decoder.get_config("karlo")
     config.init_from = str(tmp_path / "ours")
     config.update_from_flattened_dict(
@@ -159,7 +160,10 @@ def test_what_is_fine_tuned_here_goes_to_diffusers(folders, tmp_path):
     )
     assert train(config, tmp_path / "run")
     tuned = checkpoint.load(tmp_path / "run" / "model")
-    karlo.main(["--to-diffusers", str(tmp_path / "run/model"), str(tmp_path / "there")])
+    run(
+        "convert",
+        ["--to-diffusers", str(tmp_path / "run/model"), str(tmp_path / "there")],
+    )
     back = karlo.read(tmp_path / "there")
     for name, before in checkpoint.load(tmp_path / "ours").params.items():
         before = jax.tree.map(np.float32, before)

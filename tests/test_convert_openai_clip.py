@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dalle2_jax import checkpoint, hub
+from dalle2_jax.commands import run
 from dalle2_jax.convert import karlo_config, openai_clip, table, weights
 from dalle2_jax.data import tokenizer
 from dalle2_jax.errors import UserError
@@ -166,7 +167,7 @@ def test_the_command_writes_a_model(tmp_path):
     arrays, _, _ = stored()
     text = tokenizer.train(["a red circle"], tokenizer.SMALLEST, 10)
     text.save(write(tmp_path / "clip", arrays))
-    openai_clip.main([str(tmp_path / "clip"), str(tmp_path / "model")])
+    run("convert", [str(tmp_path / "clip"), str(tmp_path / "model")])
     model = checkpoint.load(tmp_path / "model")
     assert model.config["parts"]["clip"]["net"] == openai_clip.net(CONFIG)
     kernel = model.params["clip"]["text"]["projection"]["kernel"]
@@ -176,7 +177,7 @@ def test_the_command_writes_a_model(tmp_path):
 
 def test_the_command_ends_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        openai_clip.main([str(tmp_path), str(tmp_path / "model")])
+        run("convert", [str(tmp_path), str(tmp_path / "model")])
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -328,7 +329,7 @@ def test_one_tower_with_its_projection(tmp_path):
     same(z_image, outputs["image_embeds"])
     with pytest.raises(UserError, match="has no tokenizer"):
         encode.encode_text(clip, "a")
-    openai_clip.main([str(folder), str(tmp_path / "model")])
+    run("convert", [str(folder), str(tmp_path / "model")])
     assert checkpoint.load(tmp_path / "model").tokenizer_dir is None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -228,3 +229,10 @@ def test_a_record_of_another_shape_is_bad(tmp_path, changes):
 def test_a_folder_whose_name_is_not_utf8(tmp_path):
     with pytest.raises(UserError, match="is not UTF-8, which array_record needs"):
         embeddings.begin(str(tmp_path / "\udce9"), SETTINGS)
+
+
+def test_without_array_record_its_package_is_named(tmp_path, monkeypatch):
+    for name in ("array_record_module", "array_record_data_source"):
+        monkeypatch.setitem(sys.modules, f"array_record.python.{name}", None)
+    with pytest.raises(UserError, match="pip install array_record, on Linux or macOS"):
+        embeddings.write_shard(embeddings.shard(tmp_path, 0, 1), [], {})

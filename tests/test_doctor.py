@@ -1,36 +1,33 @@
 """The command that checks a config, as its user runs it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from dalle2_jax.commands import run
+from dalle2_jax.train import cpu
+
 PRIOR = "--config=configs/prior.py:tiny"
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "dalle2_jax.doctor", *arguments]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-
-
-def test_the_command():
-    done = run(PRIOR, "--skip=memory,overfit,speed", "--examples=16", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_the_command(capfd, monkeypatch):
+    monkeypatch.setattr(cpu, "keep_memory", lambda: None)
+    run("doctor", [PRIOR, "--skip=memory,overfit,speed", "--examples=16", "--json"])
+    out, err = capfd.readouterr()
+    found = json.loads(out)
     assert found[1] == {
         "level": "ok",
         "check": "examples",
         "found": "16 of 16 examples looked at can be used",
         "remedy": "",
     }
-    assert "looking at 16 examples" in done.stderr
+    assert "looking at 16 examples" in err
 
-    done = run(PRIOR, "--config.batch_size=9", "--config.base=/nowhere")
-    assert done.returncode == 1, done.stderr
-    batch, base = (line for line in done.stdout.splitlines() if "problem" in line)
+    with pytest.raises(SystemExit) as stop:
+        run("doctor", [PRIOR, "--config.batch_size=9", "--config.base=/nowhere"])
+    out, err = capfd.readouterr()
+    assert stop.value.code == 1, err
+    batch, base = (line for line in out.splitlines() if "problem" in line)
     assert batch.startswith("problem  batch       batch_size=9 must be a multiple of")
     assert base.startswith("problem  stage       /nowhere is not a model")
 
@@ -45,7 +42,9 @@ def test_the_command():
         ([PRIOR, "--examples=0"], ""),
     ],
 )
-def test_mistakes_are_one_line(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}")
-    assert done.stderr.count("\n") == 1
+def test_mistakes_are_one_line(arguments, message, capfd):
+    with pytest.raises(SystemExit) as stop:
+        run("doctor", arguments)
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and err.startswith(f"error: {message}")
+    assert err.count("\n") == 1

@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from dalle2_jax.commands import run
 from dalle2_jax.data.sources import open_source
 
 
@@ -24,7 +27,7 @@ def test_it_embeds_and_trains(tiny_models, tmp_path):
         assert examples[i]["caption"] == [pictures[i]["caption"]]
 
 
-def test_mistakes_are_one_line(tiny_models, tmp_path):
+def test_mistakes_are_one_line(tiny_models, tmp_path, capfd):
     given = [f"--model={tiny_models['clip']}", f"--out={tmp_path}"]
     for arguments, message in (
         ([], "error: no --model: give a directory\n"),
@@ -32,5 +35,7 @@ def test_mistakes_are_one_line(tiny_models, tmp_path):
         ([*given, "--path=/no"], "error: there is no folder /no\n"),
         ([*given, "--process_index=1"], "error: --process_index=1: must be from 0 to"),
     ):
-        done = call(*arguments)
-        assert done.returncode == 2 and done.stderr.startswith(message), done.stderr
+        with pytest.raises(SystemExit) as stop:
+            run("embed", arguments)
+        err = capfd.readouterr().err
+        assert stop.value.code == 2 and err.startswith(message), err

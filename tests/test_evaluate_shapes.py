@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle2_jax.commands import run
 from dalle2_jax.data import shapes
 from dalle2_jax.evaluate import shapes as evaluated
 from dalle2_jax.evaluate.judge import parse
@@ -53,7 +54,7 @@ def test_the_command_reports_a_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hub, "load", lambda *paths: types.SimpleNamespace(path="here"))
     monkeypatch.setattr(generate, "text_to_image", draw)
     out = tmp_path / "new" / "report.json"
-    evaluated.main(["--model=here", "--num=30", "--seed=1", f"--out={out}"])
+    run("evaluate", ["--model=here", "--num=30", "--seed=1", f"--out={out}"])
 
     report = json.loads(out.read_text())
     assert (report["model"], report["num"], report["seed"]) == ("here", 30, 1)
@@ -87,10 +88,12 @@ def test_exchanged_captions_are_right_by_chance():
     assert [v.caption for v in exchanged[:2]] == [v.caption for v in verdicts[1:3]]
 
 
-@pytest.mark.parametrize("arguments, message", [(["--num=0"], "--num=0: ask for")])
+@pytest.mark.parametrize(
+    "arguments, message", [(["--num=0"], "flag --num=0: 0 is not a positive")]
+)
 def test_the_command_refuses_in_one_line(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        evaluated.main(arguments)
+        run("evaluate", arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.startswith(f"error: {message}") and error.count("\n") == 1

@@ -1,15 +1,15 @@
 """The command python -m dalle2_jax.filter."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import pytest
+
+from dalle2_jax.commands import run
 from dalle2_jax.data.sources import open_source
 from tests.pictures import png
 
 
-def test_it_writes_lists_and_a_report(tmp_path):
+def test_it_writes_lists_and_a_report(tmp_path, capfd):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(15):
@@ -22,15 +22,9 @@ def test_it_writes_lists_and_a_report(tmp_path):
     words = tmp_path / "words"
     words.write_text("forbidden\n")
 
-    def call(*arguments):
-        command = [sys.executable, "-m", "dalle2_jax.filter", *arguments]
-        root = Path(__file__).parents[1]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True)
-
     given = [f"--path={folder}", f"--blocklist={words}", "--min_words=2"]
-    done = call(*given, f"--out={tmp_path / 'out'}")
-    assert done.returncode == 0, done.stderr
-    assert "12 of 15 examples stay" in done.stdout
+    run("filter", [*given, f"--out={tmp_path / 'out'}"])
+    assert "12 of 15 examples stay" in capfd.readouterr().out
     lines = (tmp_path / "out" / "removed.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [
         {"key": "09.png", "rule": "blocked word"},
@@ -42,8 +36,11 @@ def test_it_writes_lists_and_a_report(tmp_path):
     assert len(keep) == 11 and report["kept"] == 12
     assert report["removed"]["caption not UTF-8"] == 1
 
-    refused = call("--path=/nowhere", f"--out={tmp_path / 'out'}")
-    assert refused.returncode == 2
-    assert refused.stderr == "error: there is no folder /nowhere\n"
-    refused = call(*given, "--out=x", "--min_classifier=1")
-    assert "--classifier needs --min_classifier" in refused.stderr
+    for arguments, message in (
+        (["--path=/nowhere", f"--out={tmp_path / 'out'}"], "there is no folder /nowh"),
+        ([*given, "--out=x", "--min_classifier=1"], "--classifier needs --min_class"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run("filter", arguments)
+        err = capfd.readouterr().err
+        assert stop.value.code == 2 and err.startswith(f"error: {message}")

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from dalle2_jax.commands import run
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments):
+def process(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "dalle2_jax.plan", *arguments],
         cwd=ROOT,
@@ -22,7 +25,7 @@ def run(*arguments):
 
 
 def test_the_command():
-    done = run(
+    done = process(
         "--config=configs/prior.py:tiny",
         "--config.base=",  # so that it is upon clip.py:tiny
         "--topology=h100:2",
@@ -55,7 +58,10 @@ PRIOR, H100 = "--config=configs/prior.py:tiny", "--topology=h100:2"
         ),
     ],
 )
-def test_mistakes_are_one_line(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}")
-    assert done.stderr.count("\n") == 1
+def test_mistakes_are_one_line(arguments, message, capfd, monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        run("plan", arguments)
+    err = capfd.readouterr().err
+    assert stop.value.code == 2 and err.startswith(f"error: {message}")
+    assert err.count("\n") == 1

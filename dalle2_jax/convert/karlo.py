@@ -1,15 +1,8 @@
 """Karlo, and models of its shape, in the layout of diffusers' unCLIP pipelines.
 
-    python -m dalle2_jax.convert.karlo SRC [SRC ...] DST
-    python -m dalle2_jax.convert.karlo --to-diffusers SRC DST
-
-The first writes a model of this package from a text-to-image or an image-variation
-folder; of several sources the parts are put together, so that a text-to-image folder
-and one of the CLIP with both towers make one model. The second writes a folder that
-diffusers' pipelines load.
+As a command it is `dalle2 convert`.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -361,41 +354,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-# The command
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command: puts the models of SRC together and writes them as one."""
-    parser = argparse.ArgumentParser(description="Karlo, from diffusers and to it.")
-    parser.add_argument(
-        "src",
-        nargs="+",
-        help="folder of a diffusers unCLIP pipeline, of a transformers CLIPModel, or "
-        "of a model of this package",
-    )
-    parser.add_argument("dst", help="directory of the model to write")
-    parser.add_argument("--dtype", help="of the params; that of the files by default")
-    parser.add_argument("--variant", help="of the weights, where there are several")
-    parser.add_argument("--to-diffusers", action="store_true", help="the other way")
-    arguments = parser.parse_args(argv)
-    try:
-        cast = weights.caster(arguments.dtype)
-        model = checkpoint.merge(
-            [read_any(s, cast, variant=arguments.variant) for s in arguments.src]
-        )
-        if arguments.to_diffusers:
-            write(model, arguments.dst)
-            return
-        checkpoint.export(
-            arguments.dst,
-            params=model.params,
-            config=model.config,
-            tokenizer=tokenizer.load(model.tokenizer_dir),
-            statistics=model.statistics,
-        )
-    except UserError as error:
-        parser.error(str(error))
-
-
 if __name__ == "__main__":
-    main()
+    from dalle2_jax.commands import main
+
+    main("convert")

@@ -1,13 +1,10 @@
 """CLIP in the format of transformers: OpenAI's weights, and OpenCLIP's.
 
-    python -m dalle2_jax.convert.openai_clip SRC DST
-
-writes a model of this package from a folder that holds config.json, the weights and the
-tokenizer.
+A folder holds config.json, the weights and the tokenizer. As a command it is
+`dalle2 convert`.
 """
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ import numpy as np
 
 from dalle2_jax import checkpoint
 from dalle2_jax.convert import table, weights
-from dalle2_jax.data import tokenizer
 from dalle2_jax.errors import UserError, short
 from dalle2_jax.nn import build
 from dalle2_jax.nn.clip import CLIP
@@ -254,24 +250,7 @@ def _side(value: Any) -> Any:
     return value[0] if square else value
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command: reads a CLIPModel and writes a model."""
-    parser = argparse.ArgumentParser(description="CLIP to a model of this package.")
-    parser.add_argument("src", help="folder of a transformers CLIPModel")
-    parser.add_argument("dst", help="directory of the model to write")
-    parser.add_argument("--dtype", help="of the params; that of the file by default")
-    parser.add_argument("--variant", help="of the weights, where there are several")
-    arguments = parser.parse_args(argv)
-    try:
-        cast = weights.caster(arguments.dtype)
-        model = read(arguments.src, cast, arguments.variant)
-        text = model.tokenizer_dir and tokenizer.load(model.tokenizer_dir)
-        checkpoint.export(
-            arguments.dst, params=model.params, config=model.config, tokenizer=text
-        )
-    except UserError as error:
-        parser.error(str(error))
-
-
 if __name__ == "__main__":
-    main()
+    from dalle2_jax.commands import main
+
+    main("convert")

@@ -8,12 +8,14 @@
 Each shard appears under its name only when it is complete.
 """
 
+import importlib
 import json
 import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -90,13 +92,13 @@ def write_shard(
     of a picture's file, or None. `skipped` counts, once all are read, those that were
     unusable, by reason.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
     from flax.serialization import msgpack_serialize
 
     keys, total, squares = [], 0.0, 0.0
     unfinished = file.with_suffix(".unfinished")
     # Groups of one, for records that are read at random.
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
+    records = _array_record("array_record_module")
+    writer = records.ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
     for example in examples:
         writer.write(msgpack_serialize(dict(example)))
         keys.append(example["key"])
@@ -140,12 +142,22 @@ def finish(folder: str | Path) -> dict[str, Any] | None:
     return metadata
 
 
+def _array_record(module: str) -> ModuleType:
+    """Return a module of array_record, for which some systems have no package."""
+    try:
+        return importlib.import_module(f"array_record.python.{module}")
+    except ImportError as error:
+        raise UserError(
+            "embeddings are stored with array_record, which is not installed: pip "
+            "install array_record, on Linux or macOS"
+        ) from error
+
+
 def embeddings(path: str) -> Listing:
     """Examples with the fields that `write_shard` says, "caption" being `captions`.
 
     Raises UserError if the folder is none of embeddings, or not complete.
     """
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
     from flax.serialization import msgpack_restore
 
     if not (Path(path) / METADATA).is_file():
@@ -160,8 +172,10 @@ def embeddings(path: str) -> Listing:
         raise UserError(f"{path}: {what}; the command that made it goes on from there")
     of_file = {file: _told(file)["keys"] for file in _files(path, metadata)}
     keys = [key for some in of_file.values() for key in some]
-    try:  # a file without a record can't be opened
-        records = ArrayRecordDataSource([str(f) for f, some in of_file.items() if some])
+    files = [str(f) for f, some in of_file.items() if some]  # others can't be opened
+    reader = _array_record("array_record_data_source").ArrayRecordDataSource
+    try:
+        records = reader(files)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
     if len(records) != len(keys):

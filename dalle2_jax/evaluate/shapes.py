@@ -1,19 +1,12 @@
-r"""How often a model's pictures of plain shapes show their captions.
+"""How often a model's pictures of plain shapes show their captions.
 
-    python -m dalle2_jax.evaluate.shapes --model=DIR --num=200 --seed=12345 \
-        --out=report.json
-
-samples from a model, prints how often each attribute is right, also by chance, and
-writes every verdict to report.json and some of the pictures to report.png.
+As a command it is `dalle2 evaluate`.
 """
 
-import argparse
 import itertools
-import json
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +14,6 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.progress import track
 
-from dalle2_jax.errors import UserError
 from dalle2_jax.evaluate.judge import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -166,58 +158,7 @@ def draw_gallery(verdicts: Sequence[Verdict], columns: int = 8) -> Image.Image:
     return gallery
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command: samples, judges, prints the table and writes the report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dalle2_jax.evaluate.shapes", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--model", help="a model's folder (the bundled model)")
-    parser.add_argument(
-        "--num", type=int, default=200, help="captions of each kind (200)"
-    )
-    parser.add_argument("--seed", type=int, default=12345, help="of captions and noise")
-    parser.add_argument("--out", type=Path, default=Path("report.json"))
-    args = parser.parse_args(argv)
-    from dalle2_jax import hub  # judging needs no JAX
-    from dalle2_jax.pipeline import generate
-
-    try:
-        if args.num < 1:
-            raise UserError(
-                f"--num={args.num}: ask for at least 1 caption of each kind"
-            )
-        model = hub.load(*filter(None, [args.model]))
-        verdicts = evaluate(
-            lambda prompts, seed: generate.text_to_image(model, prompts, seed=seed),
-            args.num,
-            args.seed,
-        )
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
-
-    table, chance = accuracy(verdicts), accuracy(exchange_captions(verdicts))
-    print(format_table(table))
-    print("\nby chance (each picture judged by another's caption)")
-    print(format_table(chance))
-    report = {
-        "model": model.path,
-        "num": args.num,
-        "seed": args.seed,
-        **{
-            name: {
-                kind: {attribute: rate._asdict() for attribute, rate in column.items()}
-                for kind, column in rates.items()
-            }
-            for name, rates in (("accuracy", table), ("chance", chance))
-        },
-        "captions": [
-            {"kind": v.kind, "caption": v.caption, "right": v.right} for v in verdicts
-        ],
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    draw_gallery(verdicts).save(args.out.with_suffix(".png"))
-
-
 if __name__ == "__main__":
-    main()
+    from dalle2_jax.commands import main
+
+    main("evaluate")

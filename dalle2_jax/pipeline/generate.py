@@ -21,6 +21,7 @@ from dalle2_jax.pipeline.encode import (
     image_size,
     spread,
 )
+from dalle2_jax.pipeline.limits import MOST_PICTURES
 from dalle2_jax.pipeline.models import Model, batches
 from dalle2_jax.pipeline.settings import PRIOR_COMPONENTS, Groups, Settings
 
@@ -97,7 +98,7 @@ def text_to_image(
     made = num = values.check_num(num, len(prompts))
     if best_of is not None:
         image_size(model)  # by which CLIP compares them
-        most = max(num, values.MOST_PICTURES // len(prompts))
+        most = max(num, MOST_PICTURES // len(prompts))
         made = values.check_integer("best_of", best_of, num, most)
     values.check_progress(progress)
     settings = Settings(size, steps, guidance, guidance_interval, sampler, noise)

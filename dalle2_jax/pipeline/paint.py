@@ -18,11 +18,11 @@ from dalle2_jax.pipeline import generate, values
 from dalle2_jax.pipeline import settings as asked
 from dalle2_jax.pipeline.generate import NEEDS, Progress, Request
 from dalle2_jax.pipeline.latent import Pictures
+from dalle2_jax.pipeline.limits import MOST_EXTEND, MOST_REPEATS
 from dalle2_jax.pipeline.models import Model, in_batches
 from dalle2_jax.pipeline.settings import Settings
 
 REPEATS = 4  # how often RePaint takes a step
-MOST_REPEATS = 1000
 
 
 def img2img(
@@ -162,7 +162,7 @@ def outpaint(
       UserError: a canvas that is not larger, a place out of range; or as `inpaint`.
     """
     asked.check_model(model, *NEEDS)
-    extend = values.check_number("extend", extend, 0, 7, above=True)
+    extend = values.check_number("extend", extend, 0, MOST_EXTEND, above=True)
     where = values.check_numbers("place", place, 0, 1)
     if len(where) != 2:
         raise UserError(f"place={short(place)}: give two numbers from 0 to 1")

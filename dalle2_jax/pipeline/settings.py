@@ -12,9 +12,8 @@ from dalle2_jax.errors import UserError, short
 from dalle2_jax.parts import part_of
 from dalle2_jax.parts.component import Component
 from dalle2_jax.pipeline import values
+from dalle2_jax.pipeline.limits import MOST_GUIDANCE
 from dalle2_jax.pipeline.models import Model, require
-
-MOST_GUIDANCE = 1000.0
 
 PRIOR_COMPONENTS = {"diffusion": "prior", "autoregressive": "ar_prior"}
 PRIORS = ("none", "caption")  # beside those that a model has

@@ -17,9 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dalle2_jax.errors import UserError, short
-
-MOST_PICTURES = 100_000  # in one call
-LARGEST_SEED = 2**32 - 1
+from dalle2_jax.pipeline.limits import LARGEST_SEED, MOST_PICTURES
 
 
 def check_number(
