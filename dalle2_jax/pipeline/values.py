@@ -19,6 +19,7 @@ from jaxtyping import Float
 from dalle2_jax.errors import UserError, short
 
 MOST_PICTURES = 100_000  # in one call
+MOST_ITEMS = 10_000_000  # in a list, which may come from an iterator without an end
 LARGEST_SEED = 2**32 - 1
 
 
@@ -230,9 +231,9 @@ def items(name: str, values: Any, kind: str) -> list[Any]:
     record = hasattr(values, "_fields")  # of which a model is one
     if unordered or record or not hasattr(values, "__iter__"):
         raise UserError(f"{name}={short(values)}: give {kind}")
-    found = list(itertools.islice(values, MOST_PICTURES + 1))
-    if len(found) > MOST_PICTURES:
-        raise UserError(f"{name}: there may be at most {MOST_PICTURES:,}")
+    found = list(itertools.islice(values, MOST_ITEMS + 1))
+    if len(found) > MOST_ITEMS:
+        raise UserError(f"{name}: there may be at most {MOST_ITEMS:,}")
     return found
 
 
