@@ -73,8 +73,8 @@ def which_prior(model: Model, prior: Any = None) -> str:
     prior = values.scalar(prior)
     if not isinstance(prior, str) or prior not in (*has, *PRIORS):
         raise UserError(
-            f"prior={short(prior)}: the model {model.path} has {', '.join(has) or 'none'}; "
-            f"choose one of {', '.join([*has, *PRIORS])}"
+            f"prior={short(prior)}: the model {model.path} has "
+            f"{', '.join(has) or 'none'}; choose one of {', '.join([*has, *PRIORS])}"
         )
     if (
         prior == "diffusion"
