@@ -19,7 +19,6 @@ from jaxtyping import Float
 from dalle2_jax.errors import UserError, short
 
 MOST_PICTURES = 100_000  # in one call
-MOST_ITEMS = 10_000_000  # in a list, which may come from an iterator without an end
 LARGEST_SEED = 2**32 - 1
 
 
@@ -222,6 +221,10 @@ def check_negative(negative: Any, count: int) -> list[str]:
             "or one text for all"
         )
     return found
+
+
+# Of a list, which may come from an iterator without an end.
+MOST_ITEMS = 10_000_000
 
 
 def items(name: str, values: Any, kind: str) -> list[Any]:
