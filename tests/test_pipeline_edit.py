@@ -156,7 +156,10 @@ def test_what_cannot_be_done_is_told(model, pictures, tmp_path):
     refuse(lambda: latent.invert(model, str(notes)), "not a picture")
     refuse(lambda: latent.invert(model, str(tmp_path / "none.png")), "no file")
     refuse(lambda: latent.invert(model, np.zeros((4, 4))), "float64: give uint8")
-    refuse(lambda: edit.variations(model, pictures), "picture is 2 pictures: give one")
+    refuse(
+        lambda: edit.variations(model, np.stack(pictures)),
+        "picture is 2 pictures: give one",
+    )
     refuse(lambda: edit.variations(model, a, eta=1.5), "eta=1.5", "from 0 to 1")
     refuse(lambda: edit.variations(model, a, eta=0.5, noise={"decoder": 0}), "noise")
     refuse(lambda: edit.interpolate(model, a, b, frames=1), "frames=1")
