@@ -108,11 +108,11 @@ def load_local_clip(
 
 
 def _load(
-    paths: Sequence[str | Path],
-    dtype: DTypeLike,
-    offload: bool,
+    paths: Sequence[Any],
+    dtype: Any,
+    offload: Any,
     only: Sequence[str] | None,
-    variant: str | None,
+    variant: Any,
 ) -> models.Model:
     for path in paths:
         if not isinstance(path, str | os.PathLike) or not str(path):

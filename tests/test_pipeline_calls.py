@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 import dalle2_jax
+from dalle2_jax import hub
+from dalle2_jax.data import image
 from dalle2_jax.errors import UserError, short
 from dalle2_jax.nn import codes
 from dalle2_jax.parts import part
@@ -208,3 +210,213 @@ def test_hostile_calls_are_refused_in_a_line(name, model, no_work, capsys):
                 wrong.append(f"{argument}={short(value)}: {said}")
     assert not wrong, "\n".join(wrong)
     assert "seed=" not in capsys.readouterr().err
+
+
+NO_PATH = [3, None, b"model", "", [RED], {}, 2.5, object()]
+HOSTILE_LOADS = {
+    "dtype": [None, 3, "int8", float, "abc", jnp.int32, [], "", object(), "f4,f4", {}],
+    "offload": ["no", 1, None, [True], NAN],
+    "tile": ["a", 0, -1, 2.5, True, [16], NAN, LONG],
+    "overlap": ["b", -1, 2.5, True, 32, 10**9, [4]],
+    "variant": [3, "", b"fp16", True, ["fp16"]],
+}
+
+
+def test_hostile_loads_are_refused_in_a_line(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("something is read before all arguments are checked")
+
+    monkeypatch.setattr(hub, "find", fail)
+    calls = [
+        (name, (path,), {}, "path")
+        for name in ("load", "load_clip")
+        for path in NO_PATH
+    ]
+    for argument, values in HOSTILE_LOADS.items():
+        given = {"tile": 32} if argument == "overlap" else {}
+        calls += [("load", (), {**given, argument: v}, argument) for v in values]
+        if argument in ("dtype", "variant"):
+            calls += [("load_clip", ("a",), {argument: v}, argument) for v in values]
+    calls.append(("load", (), {"overlap": 4}, "overlap=4: give tile, too"))
+    for name, paths, given, told in calls:
+        with pytest.raises(UserError) as error:
+            inspect.unwrap(getattr(dalle2_jax, name))(*paths, **given)
+        said = str(error.value)
+        assert told in said and "\n" not in said and len(said) < 300
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.dtype("bfloat16"), "bfloat16"])
+def test_a_dtype_may_be_an_object(tiny_models, dtype):
+    clip = inspect.unwrap(dalle2_jax.load_clip)(tiny_models["clip"], dtype=dtype)
+    assert clip.clip.network.dtype == jnp.bfloat16
+
+
+def test_loading_turns_on_the_compilation_cache(tiny_models, monkeypatch):
+    calls = []
+    monkeypatch.setattr(hub, "use_compilation_cache", lambda **k: calls.append(k))
+    dalle2_jax.load_clip(tiny_models["clip"])
+    assert calls == [{"quiet": True}]
+
+
+def test_arguments_that_are_swapped_are_told(model):
+    swapped = (RED, model)
+    with pytest.raises(
+        UserError, match="'a small red circle': the first argument must"
+    ):
+        inspect.unwrap(dalle2_jax.text_to_image)(*swapped)
+    with pytest.raises(UserError, match="prompt=Model /.*: give a text"):
+        inspect.unwrap(dalle2_jax.text_to_image)(model, model)
+    for name in ("variations", "img2img", "encode_image"):
+        with pytest.raises(UserError, match="model=array.*: the first argument must"):
+            arguments = inspect.unwrap(getattr(dalle2_jax, name)), PICTURE, model
+            arguments[0](*arguments[1:], *([RED] if name == "img2img" else []))
+
+
+@pytest.fixture
+def request_for(model, monkeypatch):
+    """What a call of text_to_image, or of another function, asks the networks for."""
+    asked = []
+
+    def run(model, request, every=None):
+        asked.append((model.sizes, request._asdict()))
+        raise StopIteration
+
+    monkeypatch.setattr(generate, "cascade", run)
+
+    def call(name="text_to_image", **arguments):
+        asked.clear()
+        arguments = CALLS[name] | arguments
+        with pytest.raises(StopIteration):
+            inspect.unwrap(getattr(dalle2_jax, name))(model, **arguments)
+        return asked[0]
+
+    return call
+
+
+STAR = "a blue star"
+ALL = ("prior", "decoder", "upsampler")
+TIMESTEPS = [0, 500, 999]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "others"),
+    [
+        ("num", 2, [np.int64(2), np.array(2), jnp.int32(2)]),
+        ("seed", 3, [np.uint32(3), jnp.array(3), np.array(3, np.uint8)]),
+        ("size", 16, [np.int64(16), jnp.int32(16)]),
+        (
+            *("steps", 3),
+            [np.int64(3), jnp.int32(3), dict.fromkeys(ALL, 3)]
+            + [{"prior": 3, "decoder": 3, "upsampler": (3,)}],
+        ),
+        (
+            *("steps", TIMESTEPS),
+            [
+                np.array(TIMESTEPS),
+                jnp.array(TIMESTEPS),
+                dict.fromkeys(ALL[:2], TIMESTEPS) | {"upsampler": [TIMESTEPS]},
+            ],
+        ),
+        (
+            *("guidance", 4.0),
+            [4, np.float32(4), jnp.array(4.0), dict.fromkeys(ALL[:2], np.float64(4))],
+        ),
+        (
+            *("guidance_interval", (0, 500)),
+            [[0.0, 500], np.array([0, 500]), jnp.array([0, 500])]
+            + [dict.fromkeys(ALL[:2], (0, 500))],
+        ),
+        ("sampler", "ddim", [np.str_("ddim"), dict.fromkeys(ALL, "ddim")]),
+        ("negative_prompt", "", [None, [""], [None], ("",), np.array([""])]),
+        (
+            "negative_prompt",
+            "a star",
+            [["a star"], np.str_("a star"), iter(["a star"])],
+        ),
+        (
+            *("prompts", STAR),
+            [[STAR], (STAR,), np.array([STAR]), np.array(STAR), iter([STAR])],
+        ),
+        ("prior", "none", [np.str_("none")]),
+    ],
+)
+def test_forms_of_one_value_are_one_request(request_for, argument, value, others):
+    expected = request_for(**{argument: value})
+    for other in others:
+        np.testing.assert_equal(request_for(**{argument: other}), expected)
+    if value:
+        with pytest.raises(AssertionError):
+            np.testing.assert_equal(request_for(), expected)
+
+
+def test_a_negative_prompt_for_each_prompt(request_for, model):
+    _, request = request_for(
+        prompts=[RED, "a star"], negative_prompt=["a", None], num=2
+    )
+    first, second = (generate.tokenize(model, [text]) for text in ("a", ""))
+    expected = np.concatenate([first, first, second, second])
+    np.testing.assert_array_equal(request["null"], expected)
+
+
+def test_a_seed_of_none_is_drawn_and_told(request_for, capsys):
+    seeds = [request_for(seed=None, num=2)[1]["seeds"].tolist() for _ in range(2)]
+    told = [int(line.removeprefix("seed=")) for line in capsys.readouterr().err.split()]
+    assert seeds == [[seed, seed] for seed in told] and told[0] != told[1]
+
+
+def test_numbers_of_edits_may_be_of_numpy_and_jax(request_for):
+    expected = request_for("outpaint", extend=1.0, place=(0, 1), repeats=2)
+    for xp in (np, jnp):
+        given = {
+            "extend": xp.float32(1),
+            "place": xp.array([0, 1]),
+            "repeats": xp.int32(2),
+        }
+        np.testing.assert_equal(request_for("outpaint", **given), expected)
+
+
+def test_what_pictures_may_be(model):
+    file = io.BytesIO()
+    clear = np.dstack([PICTURE, np.where(MASK, 0, 255).astype(np.uint8)])
+    Image.fromarray(clear).save(file, "PNG")
+    grey, png = PICTURE[..., 0], file.getvalue()
+    for same in (
+        [png, clear, jnp.asarray(clear), Image.fromarray(clear), io.BytesIO(png)],
+        [PICTURE, jnp.asarray(PICTURE), [PICTURE], PICTURE[None], iter([PICTURE])],
+        [grey, grey[..., None], jnp.asarray(grey), grey[..., None].repeat(3, -1)],
+        [MASK, jnp.asarray(MASK), MASK * np.uint8(255), MASK[..., None]],
+    ):
+        first, *others = (latent.read(model, image.as_list(one)) for one in same)
+        for other in others:
+            np.testing.assert_equal(other, first)
+        assert len(first.seen) == 1 and first.made.std() > 0
+
+
+def test_what_masks_may_be(request_for):
+    expected = request_for("inpaint")
+    for form in (
+        *(
+            np.float32(MASK),
+            jnp.asarray(MASK),
+            jnp.float32(MASK),
+            np.float16(0.9 * MASK),
+        ),
+        *(MASK[..., None], np.float32(MASK)[..., None], 255 * np.uint8(MASK)),
+        *(Image.fromarray(MASK), jnp.asarray(MASK, jnp.bfloat16)),
+    ):
+        np.testing.assert_equal(request_for("inpaint", mask=form), expected)
+
+
+def test_a_prompt_is_no_list_of_letters(model, monkeypatch):
+    monkeypatch.setattr(
+        generate, "run_batch", lambda model, request, rows: iter([Row(rows)])
+    )
+    assert dalle2_jax.embed(model, "circle", num=3).ravel().tolist() == [0, 1, 2]
+    assert len(dalle2_jax.encode_text(model, "circle")) == 1
+
+
+class Row:
+    """What is made of a batch: the numbers of its rows."""
+
+    def __init__(self, rows):
+        self.x = np.float32(rows)[:, None]

@@ -60,7 +60,7 @@ def test_pictures_of_any_kind(clip, tmp_path):
     [
         ([], "no pictures"),
         (np.zeros((4, 4, 3)), r"shape \(4, 4, 3\) and dtype float64: give uint8"),
-        (np.zeros((4, 4), np.uint8), "give uint8"),
+        (np.zeros((4, 4, 2), np.uint8), "give uint8"),
         ("nowhere.png", "there is no file nowhere.png"),
     ],
 )
@@ -75,7 +75,7 @@ def test_what_has_no_image_tower_is_refused(tmp_path):
     assert dalle2_jax.encode_text(clip, "ab").shape == (1, 16)
     with pytest.raises(UserError, match="no image tower: load it together with"):
         dalle2_jax.encode_image(clip, PICTURE)
-    with pytest.raises(UserError, match="no captions"):
+    with pytest.raises(UserError, match="no text: give at least one"):
         dalle2_jax.encode_text(clip, [])
 
 

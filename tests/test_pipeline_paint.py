@@ -110,4 +110,7 @@ def test_what_cannot_be_painted_is_told(model, pictures):
     refuse(lambda: paint.inpaint(model, a, None, RED), "no mask")
     refuse(lambda: paint.inpaint(model, a, white, RED, repeats=0), "repeats=0")
     refuse(lambda: paint.outpaint(model, a, RED, extend=0), "extend=0")
-    refuse(lambda: paint.outpaint(model, a, RED, place=(2, 0)), "place=(2, 0)")
+    refuse(
+        lambda: paint.outpaint(model, a, RED, place=(2, 0)),
+        "place=2: must be from 0 to 1",
+    )

@@ -178,3 +178,11 @@ def test_a_model_without_its_tables_is_refused(model, tmp_path):
     checkpoint.export(tmp_path / "m", params=export.params, config=export.config)
     with pytest.raises(UserError, match="needs the statistics z_image_mean of shape"):
         dalle2_jax.load(tmp_path / "m")
+
+
+def test_captions_are_blended_by_either_prior(model):
+    alone = model.replace(prior=None)
+    both = [dalle2_jax.blend(one, prompts=[RED, BLUE]) for one in (model, alone)]
+    assert (both[0] != both[1]).any()
+    given = {"guidance": {"prior": 1.0}}
+    assert (dalle2_jax.blend(alone, prompts=[RED, BLUE], **given) != both[1]).any()

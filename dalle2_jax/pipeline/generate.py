@@ -64,7 +64,7 @@ def text_to_image(
         "none", CLIP's embedding of the caption as if it were a picture's; or "caption",
         nothing, so that it has only the caption (section 5.1).
       steps: sampling steps of the networks that shall not have the model's own: one
-        number for all, or {"prior": 25, "decoder": 50, "upsampler": (8,)}, with an
+        number for all, or {"prior": 25, "decoder": 50, "upsampler": 8}; (8, 4) has an
         entry for each upsampler used. Each is a number or what else schedule.respace
         takes.
       guidance: scales of classifier-free guidance, one number for all networks that

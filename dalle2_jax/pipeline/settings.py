@@ -69,11 +69,11 @@ def which_prior(model: Model, prior: Any = None) -> str:
         if not has:
             require(model, "prior")
         prior = has[0]
-    prior = values.check_choice("prior", prior, (*PRIOR_COMPONENTS, *PRIORS))
-    if prior not in (*has, *PRIORS):
+    prior = values.scalar(prior)
+    if not isinstance(prior, str) or prior not in (*has, *PRIORS):
         raise UserError(
-            f"prior={prior!r}: the model {model.path} has {', '.join(has) or 'none'}; "
-            f"choose one of {', '.join([*has, *PRIORS])}"
+            f"prior={short(prior)}: the model {model.path} has "
+            f"{', '.join(has) or 'none'}; choose one of {', '.join([*has, *PRIORS])}"
         )
     if (
         prior == "diffusion"
@@ -146,11 +146,13 @@ def _each(
     """(group, component, value) wherever a setting is changed."""
     if value is None:
         return []
+    # Of a small size no upsampler runs, although the model has some.
+    sized = ("upsampler",) if groups.decoder else ()
     allowed = {
         group: names
         for group, names in groups._asdict().items()
         if all(setting in part_of(name).sampler.settings for name in names)
-        and (names or _may_be_empty(groups, group) and setting in ("steps", "sampler"))
+        and (names or group in sized and setting in ("steps", "sampler"))
     }
     if not isinstance(value, Mapping):
         return [(g, name, value) for g, names in allowed.items() for name in names]
@@ -169,11 +171,6 @@ def _each(
             raise UserError(f"{setting} for the upsampler: there is none to run")
         found += [(group, *pair) for pair in zip(names, each, strict=True)]
     return found
-
-
-def _may_be_empty(groups: Groups, group: str) -> bool:
-    """Whether a caller may know of a group of which nothing runs: by size."""
-    return group == "upsampler" and bool(groups.decoder)
 
 
 def _for_upsamplers(setting: str, given: Any, names: Sequence[str]) -> list[Any]:

@@ -221,6 +221,10 @@ def check_negative(negative: Any, count: int) -> list[str]:
     return found
 
 
+# Of a list, which may come from an iterator without an end.
+MOST_ITEMS = 10_000_000
+
+
 def items(name: str, values: Any, kind: str) -> list[Any]:
     """Return the elements of a list, or of what else has an order."""
     values = np.asarray(values) if isinstance(values, jax.Array) else scalar(values)
@@ -228,9 +232,9 @@ def items(name: str, values: Any, kind: str) -> list[Any]:
     record = hasattr(values, "_fields")  # of which a model is one
     if unordered or record or not hasattr(values, "__iter__"):
         raise UserError(f"{name}={short(values)}: give {kind}")
-    found = list(itertools.islice(values, MOST_PICTURES + 1))
-    if len(found) > MOST_PICTURES:
-        raise UserError(f"{name}: there may be at most {MOST_PICTURES:,}")
+    found = list(itertools.islice(values, MOST_ITEMS + 1))
+    if len(found) > MOST_ITEMS:
+        raise UserError(f"{name}: there may be at most {MOST_ITEMS:,}")
     return found
 
 
