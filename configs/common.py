@@ -44,7 +44,7 @@ def common(stage: str) -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = "shapes"  # a kind of data/sources.py
     config.data.path = ""
-    config.data.keep = ""  # file of the keys to read, of python -m dalle2_jax.filter
+    config.data.keep = ""  # file of the keys to read, of dalle2 filter
     config.data.crop = "center"  # how a picture is made square: center or random
     config.data.crop_fraction = 1.0  # of the side, for training on crops
     config.data.flip = False  # horizontally, at random

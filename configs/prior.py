@@ -91,7 +91,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.sampling.candidates = 2 if size == "paper" else 1
     # This one leaves out what is finest in an embedding, and its decoder looks for it.
     config.sampling.last_std = 0.1 if size == "base" else 0.0
-    # python -m dalle2_jax.analytic makes it "analytic", as the paper's, once trained.
+    # dalle2 analytic makes it "analytic", as the paper's, once trained.
     config.sampling.variance = placeholder(str)
     config.drop_caption = 0.1
     # Pictures whose embeddings give the mean and deviation that the prior works with.

@@ -1,5 +1,6 @@
 """The flags of a command: parsed, explained, and run to one line for a mistake."""
 
+import _thread
 import contextlib
 import faulthandler
 import re
@@ -179,8 +180,13 @@ def prepare_process() -> None:
 
 
 def _tell_unraisable(unraisable: Any) -> None:
-    """As Python does, but for what TensorStore ends after its reader has failed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """As Python does, but for what TensorStore ends after its reader has failed.
+
+    Ctrl-C in a callback of the garbage collector would be lost, and is made again.
+    """
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(0.1, _thread.interrupt_main).start()
+    elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

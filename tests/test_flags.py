@@ -1,7 +1,10 @@
 """What a script prints of what goes wrong beside it."""
 
 import sys
+import time
 from types import SimpleNamespace
+
+import pytest
 
 from dalle2_jax import flags
 
@@ -14,3 +17,9 @@ def test_reads_that_tensorstore_ends_late_are_not_told(monkeypatch):
     for unraisable in (late, other):
         flags._tell_unraisable(unraisable)
     assert told == [other]
+
+
+def test_an_interruption_that_python_ignores_is_made_again():
+    with pytest.raises(KeyboardInterrupt):
+        flags._tell_unraisable(SimpleNamespace(exc_value=KeyboardInterrupt()))
+        time.sleep(10)

@@ -14,9 +14,9 @@ from PIL import Image
 
 import dalle2_jax
 from dalle2_jax import checkpoint, commands
-from dalle2_jax.commands import sample
 from dalle2_jax.data import image, picture_files
 from dalle2_jax.errors import UserError
+from dalle2_jax.pipeline import tasks
 from dalle2_jax.train import cpu
 
 ROOT = Path(__file__).parent.parent
@@ -233,14 +233,14 @@ def sample_fakes(monkeypatch, tmp_path):
     """The command without a model: batches of 8 pictures of 4 px."""
     monkeypatch.setattr(dalle2_jax, "load", lambda *_, **__: SimpleNamespace(path=""))
 
-    def make(model, values, progress, **rest):
+    def make(task, model, values, progress, **rest):
         pictures = np.arange(values["num"], dtype=np.uint8)[:, None, None, None]
         pictures = pictures.repeat(4, 1).repeat(4, 2).repeat(3, 3)
         for start in range(0, len(pictures), 8):
             progress.finished(pictures[start : start + 8])
         return pictures
 
-    monkeypatch.setattr(sample, "make", make)
+    monkeypatch.setattr(tasks, "make", make)
     given = ["--prompt=a", f"--out={tmp_path}"]
     return lambda *rest: commands.run("sample", [*given, *rest])
 
@@ -289,13 +289,13 @@ def test_pictures_of_earlier_runs_stay(sample_fakes, tmp_path, capsys):
 
 
 def test_settings_reach_the_model(sample_fakes, tmp_path, monkeypatch, capsys):
-    calls, fake = [], sample.make
+    calls, fake = [], tasks.make
 
-    def make(model, values, **rest):
+    def make(task, model, values, **rest):
         calls.append({**values, **rest})
-        return fake(model, values, **rest)
+        return fake(task, model, values, **rest)
 
-    monkeypatch.setattr(sample, "make", make)
+    monkeypatch.setattr(tasks, "make", make)
     sample_fakes(
         *("--prompt=b", "--num=1", "--steps=10", "--guidance=4.0", "--seed="),
         *("--sampler=decoder=ddim,prior=ddpm", "--guidance_interval=100:700"),

@@ -91,7 +91,7 @@ def judge(memory: Memory, there: int) -> Finding:
 
 ADVICE = (
     "raise accumulate or mesh.fsdp, lower batch_size, or recompute with net.remat; "
-    "python -m dalle2_jax.plan --search tries them"
+    "dalle2 plan --search tries them"
 )
 
 

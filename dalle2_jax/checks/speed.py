@@ -86,7 +86,7 @@ def judge(
     if workers >= cores:
         remedy = (
             "the data is the slower, and all cores are at work on it; store smaller "
-            "pictures or, for the later stages, embeddings (python -m dalle2_jax.embed)"
+            "pictures or, for the later stages, embeddings (dalle2 embed)"
         )
     else:
         number = min(max(needed, workers + 1), cores)

@@ -6,9 +6,8 @@
 Each batch of pictures is saved as soon as it is made, beside those of earlier runs.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
@@ -17,39 +16,13 @@ from dalle2_jax.data.picture_files import PictureFiles, make_directory
 from dalle2_jax.errors import UserError
 from dalle2_jax.files import read_json
 from dalle2_jax.flags import Flags
-from dalle2_jax.pipeline import limits, parse
-
-
-class Task(NamedTuple):
-    """What a task needs and what else it may be told, by the names of flags."""
-
-    needs: tuple[str, ...]
-    takes: tuple[str, ...]
-
-
-_HOW = ("guidance_interval", "sampler")
-TASKS = {
-    "text_to_image": Task(
-        ("prompt",), ("num", "best_of", "prior", "negative_prompt", *_HOW)
-    ),
-    "variations": Task(("image",), ("num", "eta", *_HOW)),
-    "interpolate": Task(("image", "image2"), ("frames", "shared_noise")),
-    "text_diff": Task(
-        ("image", "prompt_from", "prompt"), ("frames", "theta", "direction")
-    ),
-    "inpaint": Task(
-        ("image", "prompt"), ("mask", "mask_mode", "num", "repeats", *_HOW)
-    ),
-    "outpaint": Task(("image", "prompt"), ("num", "extend", "repeats", *_HOW)),
-    "img2img": Task(("image", "prompt"), ("num", "strength", *_HOW)),
-    "pca": Task(("image",), ("components",)),
-    "reconstruct": Task(("image",), ()),
-}
-GUIDED = ("prior", "decoder")
+from dalle2_jax.pipeline import limits, parse, tasks
 
 FLAGS = Flags()
 _what = FLAGS.group("What to make")
-TASK = _what(flags.DEFINE_enum, "task", "text_to_image", list(TASKS), "What to make")
+TASK = _what(
+    flags.DEFINE_enum, "task", "text_to_image", list(tasks.TASKS), "What to make"
+)
 PROMPT = _what(
     flags.DEFINE_multi_string,
     "prompt",
@@ -273,9 +246,12 @@ def main() -> None:
     """Read the flags, check them, and make the pictures."""
     saved: Any = "no picture is saved"
     try:
-        values = task_values()
+        given = {f.name: f.value for f in OF_TASKS if f.value not in (None, [])}
+        values = tasks.check(TASK.value, given)
         steps = parse.by_network("steps", STEPS.value, parse.steps)
-        guidance = parse.by_network("guidance", GUIDANCE.value, parse.scale, GUIDED)
+        guidance = parse.by_network(
+            "guidance", GUIDANCE.value, parse.scale, tasks.GUIDED
+        )
         seed = parse.seed(SEED.value)
         if OVERLAP.value is not None and TILE.value is None:
             raise UserError(f"--overlap={OVERLAP.value}: give --tile, too")
@@ -285,94 +261,6 @@ def main() -> None:
         sample(values, saved, seed=seed, steps=steps, guidance=guidance)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(str(saved)) from None
-
-
-# The task
-
-
-def task_values() -> dict[str, Any]:
-    """Return the flags of the task that are given, checked.
-
-    Its prompt is a list for text_to_image alone.
-    """
-    task = TASKS[TASK.value]
-    given = {f.name: f.value for f in OF_TASKS if f.value not in (None, [])}
-    for name in task.needs:
-        if name not in given:
-            raise UserError(_without(name))
-    for name in given:
-        if name not in task.needs + task.takes:
-            takes = ", ".join(f"--{flag}" for flag in task.needs + task.takes)
-            raise UserError(f"--task={TASK.value} takes no --{name}, only {takes}")
-    for name, value in given.items():
-        if isinstance(value, float):
-            above = name in ("strength", "extend")
-            if not math.isfinite(value) or (above and value == 0):
-                least = "above 0" if above else "a number"
-                raise UserError(f"--{name}={value:g}: must be {least}")
-    for name in ("prompt", "negative_prompt", "prompt_from"):
-        for text in _listed(given.get(name, [])):
-            _check_text(name, text)
-    prompts = given.get("prompt", [])
-    if TASK.value != "text_to_image" and prompts:
-        if len(prompts) > 1:
-            raise UserError(f"--task={TASK.value} takes one --prompt")
-        given["prompt"] = prompts[0]
-    if "num" in task.takes:
-        given.setdefault("num", 4)
-        _check_count(given, len(prompts) or 1)
-    if "negative_prompt" in given:
-        negative = given["negative_prompt"]
-        if len(negative) not in (1, len(prompts)):
-            raise UserError(
-                f"--negative_prompt is given {len(negative)} times for {len(prompts)} "
-                "prompts: give it once for all, or once for each"
-            )
-        given["negative_prompt"] = negative[0] if len(negative) == 1 else negative
-    if "components" in given:
-        if not all(k.strip().isdecimal() for k in given["components"]):
-            raise UserError(
-                f"--components={','.join(given['components'])}: write numbers, as 1,2,4"
-            )
-        given["components"] = [int(k) for k in given["components"]]
-    for name, read, networks in (
-        ("guidance_interval", parse.interval, GUIDED),
-        ("sampler", parse.sampler, parse.NETWORKS),
-    ):
-        if name in given:
-            given[name] = parse.by_network(name, given[name], read, networks)
-    return given
-
-
-def _listed(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
-
-
-def _check_text(name: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"--{name}={text!a} is not UTF-8") from None
-    if name != "negative_prompt" and not text.strip():
-        raise UserError(f"--{name}={text!r} is empty: say what to show")
-
-
-def _check_count(given: Mapping[str, Any], prompts: int) -> None:
-    num, made = given["num"], given.get("best_of", given["num"])
-    if made < num:
-        raise UserError(f"--best_of={made} is less than --num={num}: make more")
-    if made * prompts > limits.MOST_PICTURES:
-        raise UserError(
-            f"{made * prompts:,} pictures: at most {limits.MOST_PICTURES:,} are made "
-            "in a run"
-        )
-
-
-def _without(name: str) -> str:
-    if name == "prompt":
-        return 'no --prompt: say what to show, as --prompt="a red circle"'
-    kind = "FILE" if name in ("image", "image2") else "..."
-    return f"--task={TASK.value} needs --{name}={kind}"
 
 
 def check_size(size: int | None) -> None:
@@ -415,32 +303,19 @@ def check_pictures(values: Mapping[str, Any]) -> None:
         read_mask(values.get("mask"), values["image"], values.get("mask_mode"))
 
 
-def make(model: Any, values: dict[str, Any], **rest: Any) -> Any:
-    """Call the task's function, whose arguments are named as the flags."""
-    import dalle2_jax
-
-    rename = {"image": "picture", "image2": "other"}
-    if TASK.value == "text_to_image":
-        rename["prompt"] = "prompts"
-    if TASK.value == "reconstruct":
-        rename["image"] = "pictures"
-    arguments = {rename.get(name, name): value for name, value in values.items()}
-    if TASK.value == "inpaint":
-        arguments.setdefault("mask", None)
-    return getattr(dalle2_jax, TASK.value)(model, **arguments, **rest)
-
-
 def sample(
-    values: dict[str, Any], files: PictureFiles, *, seed: int, **rest: Any
+    values: dict[str, Any], files: PictureFiles, *, seed: int | None, **rest: Any
 ) -> None:
     """Load the model, make the pictures of the task, and write them."""
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     import dalle2_jax
     from dalle2_jax.data import image
+    from dalle2_jax.pipeline.values import check_seed
     from dalle2_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
+    seed = check_seed(seed)
     model = dalle2_jax.load(
         *filter(None, [MODEL.value]),
         dtype=DTYPE.value,
@@ -473,8 +348,14 @@ def sample(
     ) as bars:
         progress = _shown(bars)
         progress.finished = write
-        pictures = make(
-            model, values, seed=seed, size=SIZE.value, progress=progress, **rest
+        pictures = tasks.make(
+            TASK.value,
+            model,
+            values,
+            seed=seed,
+            size=SIZE.value,
+            progress=progress,
+            **rest,
         )
     if isinstance(prompts, list) and len(prompts) > 1:
         columns = values["num"]  # a row for each prompt
@@ -485,11 +366,11 @@ def sample(
 
 def _shown(bars: Any) -> Callable[[str, int, int], None]:
     """Return a progress function that draws a bar for each stage."""
-    tasks = {}
+    shown = {}
 
     def progress(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total)
-        bars.update(tasks[stage], completed=done)
+        if stage not in shown:
+            shown[stage] = bars.add_task(stage, total=total)
+        bars.update(shown[stage], completed=done)
 
     return progress

@@ -161,9 +161,7 @@ def embeddings(path: str) -> Listing:
     from flax.serialization import msgpack_restore
 
     if not (Path(path) / METADATA).is_file():
-        raise UserError(
-            f"{path} has no {METADATA}: make it with python -m dalle2_jax.embed"
-        )
+        raise UserError(f"{path} has no {METADATA}: make it with dalle2 embed")
     metadata = _metadata(path)
     # One after the other: so many as it claims may never end.
     missing = next((f for f in _files(path, metadata) if not f.is_file()), None)

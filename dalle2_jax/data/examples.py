@@ -107,7 +107,7 @@ def select(
 ) -> Source:
     """One split's examples. Their keys tell who is held out, whatever their order.
 
-    `keep` is a file as `python -m dalle2_jax.filter` writes it: lines of JSON with the
+    `keep` is a file as `dalle2 filter` writes it: lines of JSON with the
     keys of the examples that are read.
 
     Raises UserError if holdout is no fraction, or the file keeps nothing.

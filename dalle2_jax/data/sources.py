@@ -66,7 +66,7 @@ def open_source(
                   `data_dir`. `tfds_split` is what TFDS calls its split, `image` and
                   `caption` are its fields, as "captions/text".
     "embeddings"  a folder of CLIP's embeddings of another source, as
-                  `python -m dalle2_jax.embed` makes it.
+                  `dalle2 embed` makes it.
     "mixture"     no path. `parts`: each a dict of source (a kind), path, weight and
                   options, which has its own split; see mixture.mix. `defaults`: by
                   kind, the options that parts don't give.
@@ -78,7 +78,7 @@ def open_source(
     A path may begin with ~. All with a path take `holdout`, the fraction of the
     pictures that make up the split "heldout"; the others are "train". With fewer than
     10 pictures, or a holdout of 0, both splits are all of them. And `keep`, a file with
-    the keys of the examples that are read, as `python -m dalle2_jax.filter` writes it;
+    the keys of the examples that are read, as `dalle2 filter` writes it;
     all others are as if they were not there. Shapes take the seed, and have a third
     split "unseen": scenes with a (colour, shape) that the others never show.
 

@@ -105,12 +105,10 @@ def sampler(text: str) -> str:
     return text
 
 
-def seed(text: str) -> int:
-    """Return the seed that --seed gives; for "" and "random" draw one and print it."""
+def seed(text: str) -> int | None:
+    """Return the seed that --seed gives; None, which draws one, for "" and "random"."""
     if text in ("", "random"):
-        from dalle2_jax.pipeline.settings import check_seed
-
-        return check_seed(None)
+        return None
     if not re.fullmatch("[0-9]{1,10}", text) or int(text) > limits.LARGEST_SEED:
         raise UserError(
             f"--seed={text}: must be from 0 to {limits.LARGEST_SEED}, or random"

@@ -82,7 +82,7 @@ def which_prior(model: Model, prior: Any = None) -> str:
     ):
         raise UserError(
             f"the prior of {model.path} is to be sampled with analytic variance, which "
-            "hasn't been measured: run python -m dalle2_jax.analytic"
+            "hasn't been measured: run dalle2 analytic"
         )
     return prior
 
