@@ -1,5 +1,6 @@
 """Files that are damaged or meant to do harm: strategies of Hypothesis for them."""
 
+import functools
 import io
 import json
 import tarfile
@@ -52,6 +53,7 @@ def encode(picture: Image.Image, form: str, **options) -> bytes:
     return file.getvalue()
 
 
+@functools.cache
 def pictures() -> dict[str, bytes]:
     """A file of each format and mode that Pillow writes, also of those not read."""
     values = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
@@ -82,7 +84,8 @@ def pictures() -> dict[str, bytes]:
     for form in FORMATS:
         for mode in ("RGB", "RGBA", "L", "1"):
             try:
-                found[f"{form} {mode}"] = encode(rgb.convert(mode), form)
+                options = {"speed": 10} if form == "AVIF" else {}
+                found[f"{form} {mode}"] = encode(rgb.convert(mode), form, **options)
             except (OSError, ValueError, KeyError):
                 continue  # it is not of that mode, or has no encoder here
     return found

@@ -36,7 +36,6 @@ from dalle2_jax.files import parse_json
 from tests import hostile_files, test_data_embeddings
 from tests.pictures import captioned, png, write_tar
 
-PICTURES = hostile_files.pictures()
 ALL = {"holdout": 0.0}
 FILES = {f"{i}.{kind}" for i in range(6) for kind in ("png", "txt")}
 
@@ -101,13 +100,11 @@ def assert_captions(captions):
     "".join(several).encode()
 
 
-@given(
-    st.sampled_from(sorted(PICTURES)).flatmap(
-        lambda name: hostile_files.spoiled(PICTURES[name])
-    )
-    | st.binary(max_size=200)
-)
+@given(st.data())
 def test_pictures(data):
+    files = hostile_files.pictures()
+    name = data.draw(st.sampled_from(sorted(files)))
+    data = data.draw(hostile_files.spoiled(files[name]) | st.binary(max_size=200))
     with told():
         picture = image.read(data)
         assert picture.mode == "RGB" and all(picture.size)
@@ -119,11 +116,13 @@ def test_pictures(data):
         assert mask.shape == picture.size[::-1]
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_format_is_read_or_refused(name):
-    known = name.split()[0] in (*image.FORMATS, "MPO")
-    with contextlib.nullcontext() if known else pytest.raises(UserError, match="known"):
-        assert image.read(PICTURES[name]).size in ((16, 12), (12, 16))
+def test_a_format_is_read_or_refused():
+    for name, data in hostile_files.pictures().items():
+        if name.split()[0] in (*image.FORMATS, "MPO"):
+            assert image.read(data).size in ((16, 12), (12, 16))
+        else:
+            with pytest.raises(UserError, match="not a picture in a known format"):
+                image.read(data)
 
 
 TARS = {}
