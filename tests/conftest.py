@@ -8,6 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 from filelock import FileLock
 from jaxtyping import install_import_hook
@@ -34,6 +35,24 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 # Every annotated function of the package checks the shapes it is given and returns.
 install_import_hook("dalle2_jax", "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--hostile", type=int, help="Hostile inputs of each kind: 10000.")
+
+
+def pytest_configure(config):
+    many = config.getoption("--hostile")
+    hypothesis.settings.register_profile(
+        "hostile",
+        max_examples=many or 30,
+        derandomize=not many,  # without the option the same inputs each time
+        database=None,
+        deadline=None,
+        print_blob=bool(many),
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.settings.load_profile("hostile")
 
 
 @pytest.fixture(scope="session")

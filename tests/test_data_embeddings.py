@@ -117,7 +117,9 @@ def test_a_mixture_of_embeddings(tmp_path):
 def test_begin(tmp_path):
     embeddings.begin(tmp_path / "a", SETTINGS)
     assert embeddings.begin(tmp_path / "a", SETTINGS)["count"] is None
-    with pytest.raises(UserError, match="begun with clip=1234, and not 5: give the"):
+    with pytest.raises(
+        UserError, match="begun with clip='1234', and not '5': give the"
+    ):
         embeddings.begin(tmp_path / "a", {**SETTINGS, "clip": "5"})
     with pytest.raises(UserError, match="exists and holds no embeddings"):
         embeddings.begin(tmp_path, SETTINGS)
@@ -172,13 +174,15 @@ def test_what_is_not_complete_or_damaged(tmp_path):
         (metadata(count=None), "it is not complete; the command"),
         (lambda f: (f / "metadata.json").write_text("[" * 10**5), "100 levels deep"),
         (metadata(shards=10**9), "shard-00000-of-1000000000.* is missing"),
-        (metadata(shards=0), "cannot read .*damaged"),
+        (metadata(shards=0), "damaged: it has no valid 'shards'"),
         (metadata(shards="2"), "metadata.json is damaged: it has no valid 'shards'"),
         (metadata(count=[]), "damaged: it has no valid 'count'"),
         (metadata(clip=7), "damaged: it has no valid 'clip'"),
         (keys(None), "shard-00000.*json has no list of keys"),
         (keys([1] * 7), "shard-00000.*json has no list of keys"),
         (keys(["a"]), "12 records and 6 keys"),
+        (keys([]), "5 records and 5 keys of 12 examples"),
+        (metadata(shards=True), "damaged: it has no valid 'shards'"),
         (metadata(format=9), "has format 9, this version"),
         (cut, "cannot read .*damaged"),
         (lambda f: shutil.copy(*(embeddings.shard(f, i, 2) for i in (1, 0))), "10 rec"),
@@ -236,3 +240,27 @@ def test_without_array_record_its_package_is_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, f"array_record.python.{name}", None)
     with pytest.raises(UserError, match="pip install array_record, on Linux or macOS"):
         embeddings.write_shard(embeddings.shard(tmp_path, 0, 1), [], {})
+
+
+def test_records_that_would_spoil_a_run(tmp_path):
+    good = [example(i) for i in range(2)]
+    nan = {**good[0], "z_image": np.float32([1, np.nan, 1])}
+    real = {**good[0], "tokens": np.float32(good[0]["tokens"])}
+    long = {**good[0], "tokens": np.int32([[1, 2]] * 2)}
+    embeddings.begin(tmp_path, {**SETTINGS, "shards": 1})
+    file = embeddings.shard(tmp_path, 0, 1)
+    embeddings.write_shard(file, [*good, nan, real, long], {})
+    embeddings.finish(tmp_path)
+    source = open_source("embeddings", tmp_path, **ALL)
+    for i in (2, 3):
+        with pytest.raises(BadExample, match="damaged record"):
+            source[i]
+    rows = Rows({"image": 8}, embeddings=True)
+    with pytest.raises(UserError, match="don't go together"):
+        for _ in range(3):
+            next(batches(source, TOKENIZER, rows, batch_size=5, seed=0))
+
+
+def test_a_path_that_is_too_long():
+    with pytest.raises(UserError, match="has no metadata.json"):
+        open_source("embeddings", "a" * 5000)

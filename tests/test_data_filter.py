@@ -109,6 +109,13 @@ def test_classifier_errors(tmp_path):
     np.savez(tmp_path / "a.npz", weights=np.ones((2, 2)))
     with pytest.raises(UserError, match=r"has .*\(2, 2\)}: it must have weights"):
         rules.read_classifier(tmp_path / "a.npz")
+    for odd in (["a"], [np.nan], [1j], np.zeros(1, "M8[D]")):
+        np.savez(tmp_path / "a.npz", weights=np.asarray(odd))
+        with pytest.raises(UserError, match="not finite numbers"):
+            rules.read_classifier(tmp_path / "a.npz")
+    np.savez_compressed(tmp_path / "a.npz", weights=np.zeros(10**6))
+    with pytest.raises(UserError, match="too large when it is unpacked"):
+        rules.read_classifier(tmp_path / "a.npz")
     (tmp_path / "b.safetensors").write_bytes(b"no")
     for name in ("b.safetensors", "c.npz"):
         with pytest.raises(UserError, match=f"cannot read the classifier .*{name}"):

@@ -288,11 +288,13 @@ def test_folder_errors(folder, tmp_path):
     metadata.write_text("")
     with pytest.raises(UserError, match="has no captions"):
         open_source("folder", folder)
-    for name in ("9.png", "../outside.png", "/etc/passwd"):
+    for name in ("9.png", "../outside.png", "/etc/passwd", "a\nb.png", "a" * 9999):
         line = json.dumps({"file_name": name, "caption": "x"})
         metadata.write_text(f"{line}\n{line}\n")
-        with pytest.raises(UserError, match="not there: .* 1\\) and 1 more; add"):
+        message = "not there: .* 1\\) and 1 more; add"
+        with pytest.raises(UserError, match=message) as error:
             open_source("folder", folder)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_a_picture_that_vanishes_is_bad(folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from dalle2_jax.data import shapes, sources
 from dalle2_jax.data.examples import BadExample
-from dalle2_jax.data.sources import open_source
+from dalle2_jax.data.sources import open_all, open_source
 from dalle2_jax.errors import UserError
 from tests.pictures import every, png, write_shards
 
@@ -273,6 +274,22 @@ def test_captions_are_evenly_spread(shards):
 def test_open_source_errors(arguments, options, message):
     with pytest.raises(UserError, match=message):
         open_source(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["split=train"], "'split' is not an option of a source"),
+        (["path=x"], "'path' is not an option of a source"),
+        (["keep=3"], "keep=3 is not a path"),
+        (["holdout=0.5"], "option holdout: give a split"),
+        (["keep=a", "keep=b"], "option 'keep=b': keep is given twice"),
+        (["keep=" + "[" * 5000], "cannot read keep="),
+    ],
+)
+def test_options_of_commands(shards, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        open_all("webdataset", f"{shards}/*.tar", "", options)
 
 
 def test_options_that_are_none_are_not_given():

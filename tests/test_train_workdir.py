@@ -119,3 +119,14 @@ def test_a_run_in_google_cloud_storage_resumes_exactly(cloud, tmp_path):
     gcs_server.Handler.objects.pop("run/checkpoints/15/state/manifest.ocdbt")
     with pytest.raises(UserError, match="no checkpoint in gs://bucket/run/.* 15 .stat"):
         checkpoints.Run(f"{cloud}/run/checkpoints")
+
+
+def test_a_lock_that_is_no_file(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UserError, match="cannot lock .*/.lock: .*remove it"):
+        with Workdir(tmp_path).alone():
+            pass
+    (tmp_path / ".lock").rmdir()
+    with pytest.raises(OSError, match="of the run"):  # which is not the lock's
+        with Workdir(tmp_path).alone():
+            raise OSError("of the run")

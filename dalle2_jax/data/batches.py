@@ -17,7 +17,7 @@ from absl import flags
 from dalle2_jax.data.examples import BadExample, Source
 from dalle2_jax.data.rows import Rows
 from dalle2_jax.data.tokenizer import Tokenizer
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,12 @@ def batches(
     def collate(loaded) -> tuple[dict, list[BadExample]]:
         made, skipped = zip(*loaded, strict=True)
         texts = [row.pop("caption") for row in made]
-        batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+        try:
+            batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
+        except ValueError as error:  # embeddings that were put together of several
+            raise UserError(
+                f"examples of {source.name} don't go together: {first_line(error)}"
+            ) from error
         if tokenizer is None:
             batch.pop("tokens", None)
         elif "tokens" not in batch:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from dalle2_jax.data.examples import BadExample, Embedded, Listing, as_list, clean
-from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.errors import UserError, first_line, short
 from dalle2_jax.files import read_json
 
 FORMAT = 1
@@ -60,8 +60,8 @@ def begin(folder: str | Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in wanted.items():
             if key not in found or found[key] != value:
                 raise UserError(
-                    f"{folder} was begun with {key}={found.get(key)}, and not {value}: "
-                    "give the same again, or another directory"
+                    f"{folder} was begun with {key}={short(found.get(key))}, and not "
+                    f"{short(value)}: give the same again, or another directory"
                 )
         return found
     if not all(name.startswith(METADATA) for name in there):
@@ -160,7 +160,7 @@ def embeddings(path: str) -> Listing:
     """
     from flax.serialization import msgpack_restore
 
-    if not (Path(path) / METADATA).is_file():
+    if not os.path.isfile(os.path.join(path, METADATA)):
         raise UserError(f"{path} has no {METADATA}: make it with dalle2 embed")
     metadata = _metadata(path)
     # One after the other: so many as it claims may never end.
@@ -176,10 +176,10 @@ def embeddings(path: str) -> Listing:
         records = reader(files)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from error
-    if len(records) != len(keys):
+    if not len(records) == len(keys) == metadata["count"]:
         raise UserError(
-            f"{path} has {len(records)} records and {len(keys)} keys: copy or embed it "
-            "again"
+            f"{path} has {len(records)} records and {len(keys)} keys of "
+            f"{metadata['count']} examples: copy or embed it again"
         )
 
     def read(i: int) -> dict:
@@ -204,8 +204,11 @@ def _check(example: Mapping[str, Any]) -> None:
         and z_text.shape == (len(captions), *z_image.shape)
         and tokens.ndim == 2
         and len(tokens) == len(captions)
+        and np.issubdtype(tokens.dtype, np.integer)
+        and np.isfinite(z_image).all()
+        and np.isfinite(z_text).all()
     ):
-        raise ValueError("of other shapes")
+        raise ValueError("not an example")
 
 
 def _files(folder: str | Path, metadata: Mapping[str, Any]) -> Iterator[Path]:
@@ -219,12 +222,14 @@ def _metadata(folder: str | Path) -> dict[str, Any]:
     metadata = read_json(file, finite=False)
     if metadata.get("format") != FORMAT:
         raise UserError(
-            f"{folder} has format {metadata.get('format')}, this version of dalle2_jax "
-            f"reads format {FORMAT}: embed again"
+            f"{folder} has format {short(metadata.get('format'))}, this version of "
+            f"dalle2_jax reads format {FORMAT}: embed again"
         )
     types = {"clip": str, "image_size": int | None, "shards": int, "count": int | None}
     for name, kind in types.items():
-        if name not in metadata or not isinstance(metadata[name], kind):
+        value = metadata.get(name, ...)
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not isinstance(value, kind) or isinstance(value, int) and not number:
             raise UserError(f"{file} is damaged: it has no valid {name!r}; embed again")
     return metadata
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, short
 from dalle2_jax.files import parse_json, read_lines
 
 log = logging.getLogger(__name__)
@@ -187,6 +187,8 @@ def _hash(key: str) -> int:
 
 def read_keep(path: str | Path) -> set[str]:
     """The keys in a file of lines {"key": "..."}; UserError if it is not one."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"keep={short(path)} is not a path")
     path = os.path.expanduser(path)
     keys = set()
     try:

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import unicodedata
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from safetensors.numpy import load
 
-from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.errors import UserError, cut, first_line
 from dalle2_jax.files import read_bytes
 
 LARGEST_BLOCKLIST = 2**24  # bytes
@@ -206,6 +207,9 @@ def read_classifier(path: str | Path) -> Classifier:
     try:
         data = read_bytes(os.path.expanduser(path), LARGEST_CLASSIFIER)
         if str(path).endswith(".npz"):
+            with zipfile.ZipFile(io.BytesIO(data)) as packed:
+                if sum(i.file_size for i in packed.infolist()) > LARGEST_CLASSIFIER:
+                    raise ValueError("too large when it is unpacked")
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 arrays = dict(file)
         else:
@@ -218,10 +222,16 @@ def read_classifier(path: str | Path) -> Classifier:
     bias = arrays.pop("bias", np.zeros(()))
     if set(arrays) != {"weights"} or arrays["weights"].ndim != 1 or bias.ndim:
         raise UserError(
-            f"the classifier {path} has {shapes}: it must have weights of shape (d,) "
-            "and, if any, bias of shape ()"
+            f"the classifier {path} has {cut(str(shapes), 300)}: it must have weights "
+            "of shape (d,) and, if any, bias of shape ()"
         )
-    return Classifier(arrays["weights"].astype(np.float32), float(bias))
+    weights = arrays["weights"]
+    real = all(np.can_cast(a.dtype, np.float64) for a in (weights, bias))
+    if not real or not np.isfinite(weights).all() or not np.isfinite(bias):
+        raise UserError(
+            f"the classifier {path} has weights or a bias that are not finite numbers"
+        )
+    return Classifier(weights.astype(np.float32), float(bias))
 
 
 def near_duplicates(

@@ -17,7 +17,7 @@ from dalle2_jax.data.examples import (
     is_hidden,
 )
 from dalle2_jax.data.image import EXTENSIONS
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, short
 from dalle2_jax.files import parse_json, read_bytes, read_lines
 
 METADATA = "metadata.jsonl"
@@ -154,7 +154,7 @@ def _with_metadata(
             where = f"{metadata} line {number}"
             name, caption = _of_line(line, where)
             if name is not None and name not in files and not _within(root, name):
-                missing.append(f"{name} (line {number})")
+                missing.append(f"{short(name)} (line {number})")
             examples.append((name, caption, where))
     except OSError as error:
         raise UserError(f"cannot read {metadata}: {error.strerror}") from error

@@ -1,10 +1,11 @@
 """Several sources as one, each drawn from as often as its weight says."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 from dalle2_jax.data.examples import ENDLESS, Source
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, short
 
 
 def mix(sources: Sequence[Source], weights: Sequence[float | int], seed: int) -> Source:
@@ -29,8 +30,12 @@ def mix(sources: Sequence[Source], weights: Sequence[float | int], seed: int) ->
     if not sources:
         raise UserError("a mixture needs at least one source, and has none")
     for source, weight in zip(sources, weights, strict=True):
-        if not weight > 0:
-            raise UserError(f"the weight of {source.name} is {weight}: must be above 0")
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 < weight < math.inf:
+            raise UserError(
+                f"the weight of {source.name} is {short(weight)}: must be a number "
+                "above 0"
+            )
         if len(source) == 0:
             raise UserError(f"{source.name} has no examples")
         if source.embedded != sources[0].embedded:

@@ -36,7 +36,7 @@ from dalle2_jax.data.examples import (
 from dalle2_jax.data.folder import folder
 from dalle2_jax.data.mixture import mix
 from dalle2_jax.data.tars import webdataset
-from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.errors import UserError, first_line, short
 from dalle2_jax.files import check_files
 
 log = logging.getLogger(__name__)
@@ -122,11 +122,17 @@ def open_all(
         name, equals, value = option.partition("=")
         if not equals:
             raise UserError(f"option {option!r}: write NAME=VALUE")
+        if name in given:
+            raise UserError(f"option {option!r}: {name} is given twice")
         try:
             given[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        # Of a deep nest, Python's parser raises MemoryError.
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             given[name] = value
+    _check_names(given)
     if not split and kind not in PATHLESS:
+        if "holdout" in given:
+            raise UserError("option holdout: give a split, too; else all are read")
         given["holdout"] = 0.0
     return open_source(kind, path, split or "train", **given)
 
@@ -177,24 +183,37 @@ def _mixture(
     split: str,
     seed: int,
     *,
-    parts: Sequence[Any],
+    parts: Any = (),
     defaults: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Source:
+    if not isinstance(parts, list | tuple):
+        raise UserError(f"the parts of a mixture are {short(parts)}: give a list")
     opened, weights = [], []
     for part in parts:
         if not isinstance(part, Mapping) or not {"source", "weight"} <= part.keys():
             raise UserError(
-                f"a part of a mixture is {part!r}: it must be as {{'source': 'folder', "
-                "'path': '/pictures', 'weight': 1.0}"
+                f"a part of a mixture is {short(part)}: it must be as "
+                "{'source': 'folder', 'path': '/pictures', 'weight': 1.0}"
             )
-        kind = part["source"]
+        given = dict(part)
+        kind, path = given.pop("source"), given.pop("path", None)
         if kind == "mixture":
             raise UserError("a mixture can't be part of a mixture: list its parts")
-        given = {"path": None, **(defaults[kind] if kind in defaults else {}), **part}
-        del given["source"]
+        if not isinstance(kind, str) or not isinstance(path, str | os.PathLike | None):
+            raise UserError(f"a part of a mixture is {short(part)}: not text")
         weights.append(given.pop("weight"))
-        opened.append(open_source(kind, split=split, seed=seed, **given))
+        _check_names(given)
+        given = {**defaults.get(kind, {}), **given}
+        opened.append(open_source(kind, path, split, seed, **given))
     return mix(opened, weights, seed)
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """Raise a UserError for an option with the name of an argument of open_source."""
+    for name in options:
+        known = isinstance(name, str) and name.isidentifier()
+        if not known or name in ("kind", "path", "split", "seed"):
+            raise UserError(f"{short(name)} is not an option of a source")
 
 
 # TFDS

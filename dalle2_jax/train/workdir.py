@@ -11,7 +11,7 @@ import filelock
 import jax
 
 from dalle2_jax import storage
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, first_line
 
 KEPT = ("metrics.jsonl", "wandb_id.txt")  # what a resumed run reads of the log
 SECONDS = 60  # between two uploads of what has changed
@@ -102,14 +102,24 @@ class Workdir:
         if jax.process_index() > 0:
             yield
             return
+        lock = filelock.FileLock(self.files / ".lock")
         try:
-            with filelock.FileLock(self.files / ".lock", blocking=False):
-                yield
+            lock.acquire(blocking=False)
         except filelock.Timeout as error:
             raise UserError(
                 f"another run is at work in {self.path}: wait for its end, or give "
                 "another workdir"
             ) from error
+        # It is no file, or the file system has no locks.
+        except (OSError, NotImplementedError) as error:
+            raise UserError(
+                f"cannot lock {self.path}/.lock: {first_line(error)}; remove it, or "
+                "give another workdir"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def _make(path: Path) -> Path:
