@@ -32,7 +32,7 @@ def main() -> None:
     if EXAMPLES.value < 1:
         raise UserError(f"--examples={EXAMPLES.value}: must be at least 1")
 
-    from dalle2_jax import checkpoint
+    from dalle2_jax import checkpoint, parts
     from dalle2_jax.data import tokenizer
     from dalle2_jax.parts import prior
     from dalle2_jax.train.cache import use_compilation_cache
@@ -40,13 +40,15 @@ def main() -> None:
     use_compilation_cache()
     config = CONFIG.value
     config.init_from, config.base = MODEL.value, ""
-    model, error = prior.measure_x0_error(config, EXAMPLES.value)
-    parts = model.config["parts"]
-    sampling = {**parts["prior"]["sampling"], "variance": "analytic"}
+    model, error = prior.measure_x0_error(config, EXAMPLES.value, parts.load)
+    sections = model.config["parts"]
+    sampling = {**sections["prior"]["sampling"], "variance": "analytic"}
     checkpoint.export(
         OUT.value,
         params=model.params,
-        config={"parts": {**parts, "prior": {**parts["prior"], "sampling": sampling}}},
+        config={
+            "parts": {**sections, "prior": {**sections["prior"], "sampling": sampling}}
+        },
         tokenizer=tokenizer.load(model.tokenizer_dir),
         statistics={**model.statistics, "prior_x0_error": error},
     )

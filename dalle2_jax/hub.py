@@ -13,6 +13,7 @@ import numpy as np
 from dalle2_jax import checkpoint, storage, tensors
 from dalle2_jax.convert import karlo, weights
 from dalle2_jax.errors import UserError, first_line, short
+from dalle2_jax.parts.accept import part as accept_part
 from dalle2_jax.pipeline import accept, models
 
 # What is fetched of every repository, but for hidden folders.
@@ -88,7 +89,7 @@ def load_local_clip(
     Its params are float32, as those that stages read; `dtype` is of the activations.
     Args and Raises: see `load`.
     """
-    export = karlo.read_any(find(path), only=("clip",), accept=accept.part)
+    export = karlo.read_any(find(path), only=("clip",), accept=accept_part)
     devices = models.mesh(jax.local_devices())
     placed = jax.tree.map(models.placer(devices), export.params)
     whole = [(str(path), export._replace(params=placed))]
@@ -114,7 +115,7 @@ def _load(
         return put(tensors.cast(array, jnp.dtype(dtype)))
 
     def read(path: str | Path) -> checkpoint.Export:
-        return karlo.read_any(find(path, variant), place, only, variant, accept.part)
+        return karlo.read_any(find(path, variant), place, only, variant, accept_part)
 
     exports = [(str(path), read(path)) for path in paths]
     model = models.assemble(exports, devices, jnp.dtype(dtype))

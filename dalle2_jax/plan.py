@@ -53,7 +53,7 @@ def clip_net(config: ConfigDict) -> dict[str, Any] | None:
     Raises:
       UserError: there is none of these.
     """
-    from dalle2_jax import checkpoint, parts
+    from dalle2_jax import parts
 
     if config.stage == "upsampler":
         return None
@@ -61,7 +61,7 @@ def clip_net(config: ConfigDict) -> dict[str, Any] | None:
         return parts.clip.arguments(config, None)
     if CLIP.value is None and (config.base or config.init_from):
         base, _ = parts.stage.load_models(
-            config, lambda path: checkpoint.load(path, only=("clip",))
+            config, lambda path: parts.load(path, only=("clip",))
         )
         return base.config["parts"]["clip"]["net"]
     if CLIP.value is None:

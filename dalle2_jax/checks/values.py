@@ -1,0 +1,40 @@
+"""Whether the values of a config can be trained with, before anything is loaded."""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from dalle2_jax import parts
+from dalle2_jax.errors import UserError, short
+from dalle2_jax.train import settings
+
+
+def check(config: ConfigDict) -> None:
+    """Raise a UserError unless a config, of one stage or of several, can be.
+
+    Of several stages all are checked before the first is trained.
+    """
+    if "stages" not in config:
+        settings.check(config)
+        parts.check(config)
+        return
+    names = config.stages
+    known = isinstance(names, Sequence) and all(name in config for name in names)
+    if not known or not names or isinstance(names, str):
+        raise UserError(
+            f"config.stages is {short(names)}: must be names of the config's stages, "
+            "at least one, in the order in which they are trained"
+        )
+    clip = None
+    for name in names:
+        stage = config[name]
+        try:
+            settings.check(stage)
+            parts.check(stage, clip)
+        except UserError as error:
+            # The stage is a section of this config.
+            raise UserError(
+                str(error).replace("config.", f"config.{name}.", 1)
+            ) from None
+        if stage.stage == "clip":
+            clip = parts.clip.arguments(stage, None)
