@@ -37,7 +37,8 @@ def one_of(*values: Any) -> Rule:
     # By type, too: 1 == True.
     known = {(type(value), value) for value in values}
     told = ", ".join("null" if value is None else str(value) for value in values)
-    return lambda value: value.__hash__ and (type(value), value) in known, told
+    words = f"one of {told}"
+    return lambda value: value.__hash__ and (type(value), value) in known, words
 
 
 def optional(rule: Rule) -> Rule:

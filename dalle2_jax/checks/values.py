@@ -1,7 +1,5 @@
 """Whether the values of a config can be trained with, before anything is loaded."""
 
-from collections.abc import Sequence
-
 from ml_collections import ConfigDict
 
 from dalle2_jax import parts
@@ -19,8 +17,11 @@ def check(config: ConfigDict) -> None:
         parts.check(config)
         return
     names = config.stages
-    known = isinstance(names, Sequence) and all(name in config for name in names)
-    if not known or not names or isinstance(names, str):
+
+    def is_stage(name: str) -> bool:
+        return isinstance(config.get(name), ConfigDict) and "stage" in config[name]
+
+    if isinstance(names, str) or not names or not all(map(is_stage, names)):
         raise UserError(
             f"config.stages is {short(names)}: must be names of the config's stages, "
             "at least one, in the order in which they are trained"

@@ -23,6 +23,7 @@ from dalle2_jax.parts.stage import (
     Load,
     Stage,
     add_part,
+    check_width,
     dtype_of,
     load_models,
     make_batches,
@@ -264,21 +265,16 @@ def check(config: ConfigDict) -> None:
             "batch_size=1: CLIP learns by telling the examples of a batch apart, and "
             "the loss of one alone is always 0: give at least 2, better hundreds"
         )
-    net = config.net
-    reduced = 2 ** len(net.vision_stem)
-    if net.image_size % net.patch_size or net.patch_size % reduced:
+    net = config.net.to_dict()
+    reduced = 2 ** len(net["vision_stem"])
+    size, patch = net["image_size"], net["patch_size"]
+    if size % patch or patch % reduced:
         raise UserError(
-            f"config.net.patch_size is {net.patch_size}: must divide image_size="
-            f"{net.image_size}, and be a multiple of {reduced}, by which vision_stem "
-            "reduces the picture"
+            f"config.net.patch_size is {patch}: must divide image_size={size}, and be "
+            f"a multiple of {reduced}, by which vision_stem reduces the picture"
         )
-    for tower in ("vision", "text"):
-        width, heads = net[f"{tower}_width"], net[f"{tower}_heads"]
-        if width % heads:
-            raise UserError(
-                f"config.net.{tower}_heads is {heads}: must divide {tower}_width="
-                f"{width}"
-            )
+    for tower in ("vision_", "text_"):
+        check_width(net, "config.net", tower)
 
 
 RULES = {

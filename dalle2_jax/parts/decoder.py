@@ -39,6 +39,7 @@ from dalle2_jax.parts.stage import (
     Stage,
     add_part,
     check_side,
+    check_width,
     denoising_loss,
     drop_caption,
     dtype_of,
@@ -301,6 +302,7 @@ def check(config: ConfigDict) -> None:
     if config.net.text_encoder is not None:
         text = config.net.text_encoder.to_dict()
         rules.check(text, TRANSFORMER, "config.net.text_encoder")
+        check_width(text, "config.net.text_encoder")
     if config.data.crop_fraction != 1:
         raise UserError(
             f"config.data.crop_fraction is {config.data.crop_fraction}: the decoder "

@@ -52,14 +52,13 @@ def start_params(
     checkpoint.check(origin.params[name], abstract, where)
     # What shapes don't tell, as heads and activations.
     ours, theirs = (
-        flatten_dict(build.complete(module, arguments), sep=".")
+        _effective(build.complete(module, arguments))
         for arguments in (net, origin.config["parts"][name]["net"])
     )
     differences = [
         f"{key} {ours.get(key)} instead of {theirs.get(key)}"
         for key in sorted(ours.keys() | theirs.keys())
         if ours.get(key) != theirs.get(key)
-        and key.rpartition(".")[2] not in ("dropout", "remat")
     ]
     if differences:
         raise UserError(
@@ -67,6 +66,18 @@ def start_params(
             f"{', '.join(differences)}: change it back"
         )
     return float32(origin.params[name])
+
+
+def _effective(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a network's complete arguments its answers depend on.
+
+    Without those that the shapes tell, whose None stands for the same number.
+    """
+    flat = flatten_dict(arguments, sep=".")
+    if "vision_activation" in flat:
+        flat["vision_activation"] = flat["vision_activation"] or flat["activation"]
+    apart = ("dropout", "remat", "text_mlp_width", "vision_mlp_width")
+    return {k: v for k, v in flat.items() if k.rpartition(".")[2] not in apart}
 
 
 def train_only(stage: Stage, expression: str) -> Stage:

@@ -215,6 +215,15 @@ def check_statistics(found: Mapping[str, Any], expected: Any, where: str) -> Non
     checkpoint.check(known, expected, f"the statistics of {where}")
 
 
+def check_width(net: Mapping[str, Any], where: str, tower: str = "") -> None:
+    """A UserError unless a transformer's width can be split over its heads."""
+    width, heads = net[f"{tower}width"], net[f"{tower}heads"]
+    if width % heads:
+        raise UserError(
+            f"{where}.{tower}heads is {heads}: must divide {tower}width={width}"
+        )
+
+
 def check_side(side: int, network: UNet, where: str) -> None:
     """A UserError unless a U-Net can work on pictures of that side."""
     if side % network.unit:
