@@ -73,9 +73,11 @@ def main() -> None:
         raise UserError("no --workdir: give a directory for this run")
     import jax
 
+    from dalle2_jax.checks import values
     from dalle2_jax.train import cluster, cpu
     from dalle2_jax.train.cache import use_compilation_cache
 
+    values.check(CONFIG.value)
     cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     cpu.keep_memory()
     use_compilation_cache()

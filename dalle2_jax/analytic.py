@@ -33,12 +33,14 @@ def main() -> None:
         raise UserError(f"--examples={EXAMPLES.value}: must be at least 1")
 
     from dalle2_jax import checkpoint, parts
+    from dalle2_jax.checks import values
     from dalle2_jax.data import tokenizer
     from dalle2_jax.parts import prior
     from dalle2_jax.train.cache import use_compilation_cache
 
     use_compilation_cache()
     config = CONFIG.value
+    values.check(config)
     config.init_from, config.base = MODEL.value, ""
     model, error = prior.measure_x0_error(config, EXAMPLES.value, parts.load)
     sections = model.config["parts"]

@@ -90,6 +90,10 @@ def main() -> None:
         raise UserError("this config is of several stages: plan each by its own")
     import jax
 
+    from dalle2_jax.checks import values
+
+    values.check(config)
+
     # No accelerator that is here is touched. Of one CPU device alone programs are
     # written otherwise (see nn.layers).
     jax.config.update("jax_platforms", "cpu")

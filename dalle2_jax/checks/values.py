@@ -10,7 +10,8 @@ from dalle2_jax.train import settings
 def check(config: ConfigDict) -> None:
     """Raise a UserError unless a config, of one stage or of several, can be.
 
-    Of several stages all are checked before the first is trained.
+    Of several stages all are checked before the first is trained. JAX is not started,
+    so that this can be done before processes join.
     """
     if "stages" not in config:
         settings.check(config)
@@ -26,16 +27,13 @@ def check(config: ConfigDict) -> None:
             f"config.stages is {short(names)}: must be names of the config's stages, "
             "at least one, in the order in which they are trained"
         )
-    clip = None
     for name in names:
         stage = config[name]
         try:
             settings.check(stage)
-            parts.check(stage, clip)
+            parts.check(stage)
         except UserError as error:
             # The stage is a section of this config.
             raise UserError(
                 str(error).replace("config.", f"config.{name}.", 1)
             ) from None
-        if stage.stage == "clip":
-            clip = parts.clip.arguments(stage, None)

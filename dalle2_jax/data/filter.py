@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from safetensors.numpy import load
 
+from dalle2_jax import rules
 from dalle2_jax.errors import UserError, first_line
 from dalle2_jax.files import read_bytes
 
@@ -64,6 +65,18 @@ class Limits(NamedTuple):
     duplicates: float | int | None = None
 
 
+_LENGTH = rules.optional(rules.whole(0, 10**9))
+_COSINE = rules.optional(rules.number(-1, 1))
+_SCORE = rules.optional(rules.number(-1e9, 1e9))
+RULES = {
+    **dict.fromkeys(("min_words", "max_words"), _LENGTH),
+    **dict.fromkeys(("min_characters", "max_characters", "min_side"), _LENGTH),
+    "min_latin": rules.optional(rules.CHANCE),
+    "max_aspect": rules.optional(rules.number(1, 1e9)),
+    "min_std": rules.optional(rules.number(0, 255)),
+    **dict.fromkeys(("min_clip_score", "max_clip_score", "duplicates"), _COSINE),
+    **dict.fromkeys(("min_classifier", "max_classifier"), _SCORE),
+}
 OF_PICTURES = ("min_side", "max_aspect", "min_std")
 OF_EMBEDDINGS = ("min_clip_score", "max_clip_score", "classifier", "duplicates")
 

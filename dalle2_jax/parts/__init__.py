@@ -1,15 +1,11 @@
 """The parts of the model, each declared in a file of its own and listed in table.py."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from ml_collections import ConfigDict
 
 from dalle2_jax import rules
 from dalle2_jax.data import sources
 from dalle2_jax.diffusion import settings
 from dalle2_jax.errors import UserError, short
-from dalle2_jax.nn import build
 from dalle2_jax.parts import stage as stages
 from dalle2_jax.parts.accept import load
 from dalle2_jax.parts.finetune import hold_params, train_only
@@ -18,15 +14,11 @@ from dalle2_jax.parts.table import PARTS
 from dalle2_jax.parts.table import part_of as part_of
 
 
-def check(config: ConfigDict, clip: Mapping[str, Any] | None = None) -> None:
-    """Checks all that a stage reads of its config, before anything is loaded.
-
-    Args:
-      clip: arguments of the CLIP that it builds on, if they are known.
+def check(config: ConfigDict) -> None:
+    """Checks the values that a stage reads of its config; JAX is not started.
 
     Raises:
-      UserError: a value is out of its range, values don't go together, or they make no
-        network.
+      UserError: a value is out of its range, or values don't go together.
     """
     if not isinstance(config.stage, str) or config.stage not in PARTS:
         raise UserError(
@@ -43,9 +35,6 @@ def check(config: ConfigDict, clip: Mapping[str, Any] | None = None) -> None:
             settings.check_part(values, "config")
         rules.check(values["sampling"], part.sampler.rules, "config.sampling")
     part.check(config)
-    if config.stage in ("clip", "upsampler") or clip is not None:
-        arguments = part.arguments(config, clip)
-        build.build(part.module, arguments, None, "config.net")
     check_heads(config.net.to_dict(), max(1, config.mesh.tensor))
 
 

@@ -39,6 +39,7 @@ from dalle2_jax.parts.stage import (
     Stage,
     add_part,
     check_side,
+    check_unet,
     check_width,
     denoising_loss,
     drop_caption,
@@ -308,7 +309,9 @@ def check(config: ConfigDict) -> None:
             f"config.data.crop_fraction is {config.data.crop_fraction}: the decoder "
             "makes whole pictures, it must be 1"
         )
-    check_side(config.size, UNet(**config.net.unet), "config.size")
+    network = UNet(**config.net.unet)
+    check_unet(network, "config.net.unet")
+    check_side(config.size, network, "config.size")
 
 
 RULES = {

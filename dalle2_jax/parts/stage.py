@@ -224,6 +224,14 @@ def check_width(net: Mapping[str, Any], where: str, tower: str = "") -> None:
         )
 
 
+def check_unet(network: UNet, where: str) -> None:
+    """A UserError unless a U-Net's channels can be split as its config says."""
+    try:
+        network.check_widths()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 def check_side(side: int, network: UNet, where: str) -> None:
     """A UserError unless a U-Net can work on pictures of that side."""
     if side % network.unit:

@@ -39,6 +39,7 @@ from dalle2_jax.parts.stage import (
     Stage,
     add_part,
     check_side,
+    check_unet,
     denoising_loss,
     dtype_of,
     load_models,
@@ -265,6 +266,7 @@ def check(config: ConfigDict) -> None:
             "and divide it"
         )
     network = UNet(**config.net)
+    check_unet(network, "config.net")
     check_side(config.size, network, "config.size")
     check_side(_side(config), network, "config.size times data.crop_fraction")
     if config.degrade == "blur" and _low_side(config) <= config.blur.kernel // 2:

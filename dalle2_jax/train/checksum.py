@@ -42,7 +42,9 @@ def _all_sums(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def _sums(x: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bits = x
+    if x.dtype != bool:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     bits = bits.astype(jnp.uint32)
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(x.shape):

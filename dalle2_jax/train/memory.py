@@ -53,7 +53,7 @@ def check(state: Any, frozen: Any, mesh: Mesh, there: int | None = None) -> None
 
 
 def _remedy(parts: dict[str, Any], mesh: Mesh, there: int) -> str:
-    devices, tensor = mesh.devices.ravel(), mesh.shape["tensor"]
+    devices, tensor = mesh.devices.ravel().tolist(), mesh.shape["tensor"]
     fsdp = 2 * mesh.shape["fsdp"]
     while len(devices) % (fsdp * tensor) == 0:
         other = meshes.make(fsdp=fsdp, tensor=tensor, devices=devices)
