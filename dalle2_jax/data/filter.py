@@ -77,6 +77,13 @@ RULES = {
     **dict.fromkeys(("min_clip_score", "max_clip_score", "duplicates"), _COSINE),
     **dict.fromkeys(("min_classifier", "max_classifier"), _SCORE),
 }
+
+
+def check_limits(limits: Limits) -> None:
+    """Raise a UserError where a limit is no number, or out of its range."""
+    rules.check(limits._asdict(), RULES, "filter")
+
+
 OF_PICTURES = ("min_side", "max_aspect", "min_std")
 OF_EMBEDDINGS = ("min_clip_score", "max_clip_score", "classifier", "duplicates")
 
