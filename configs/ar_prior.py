@@ -36,6 +36,7 @@ SIZES = {
         "sampling": dict(guidance=1.0),
     },
     "paper": {
+        "mesh": dict(fsdp=8),  # what docs/plan.md finds to fit
         "net": dict(
             width=1664,
             layers=24,
@@ -74,6 +75,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.base = "" if size == "paper" else "bundled"
     config.update(values["loop"])
     config.optim.update(values["optim"])
+    config.mesh.update(values.get("mesh", {}))
 
     config.net = ConfigDict(values["net"])
     config.net.activation = "gelu"

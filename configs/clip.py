@@ -64,6 +64,7 @@ SIZES = {
         "shapes": dict(contrast=8),
     },
     "paper": {
+        "mesh": dict(fsdp=8),  # what docs/plan.md finds to fit
         "net": dict(
             embed_dim=1024,
             image_size=256,
@@ -118,6 +119,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config = common("clip")
     config.update(values["loop"])
     config.optim.update(values["optim"])
+    config.mesh.update(values.get("mesh", {}))
     config.data.shapes.update(values.get("shapes", {}))
 
     config.net = ConfigDict({"activation": "gelu", **values["net"]})

@@ -128,6 +128,7 @@ SIZES = {
         "drop_caption": 0.3,
     },
     "paper": {
+        "mesh": dict(fsdp=16),  # what docs/plan.md finds to fit
         "size": 64,
         "unet": dict(
             channels=512,
@@ -170,6 +171,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.base = "" if size.startswith(("karlo", "paper")) else "bundled"
     config.update(values["loop"])
     config.optim.update(values["optim"])
+    config.mesh.update(values.get("mesh", {}))
 
     config.net = ConfigDict()
     config.net.unet = ConfigDict({"in_channels": 3, **values["unet"]})

@@ -48,6 +48,7 @@ SIZES = {
         "sampling": dict(steps=25, guidance=1.0),
     },
     "paper": {
+        "mesh": dict(fsdp=8),  # what docs/plan.md finds to fit
         "net": dict(width=2048, layers=24, heads=32),
         "loop": dict(
             steps=600_000,
@@ -81,6 +82,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.base = "" if size.startswith(("karlo", "paper")) else "bundled"
     config.update(values["loop"])
     config.optim.update(values["optim"])
+    config.mesh.update(values.get("mesh", {}))
 
     config.net = ConfigDict(values["net"])
     config.net.activation = "gelu"

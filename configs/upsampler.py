@@ -89,6 +89,7 @@ SIZES = {
     },
     "small": _SMALL,
     "paper_256": {
+        "mesh": dict(fsdp=2),  # what docs/plan.md finds to fit
         "low_size": 64,
         "size": 256,
         "crop_fraction": 0.25,
@@ -126,6 +127,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config = common("upsampler")
     config.update(values["loop"])
     config.optim.update(values["optim"])
+    config.mesh.update(values.get("mesh", {}))
 
     config.net = ConfigDict(values["net"])
     config.net.in_channels = 6

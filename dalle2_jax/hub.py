@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from dalle2_jax import checkpoint, storage, tensors
 from dalle2_jax.convert import karlo, weights
 from dalle2_jax.errors import UserError, first_line, short
+from dalle2_jax.parts.accept import part as accept_part
 from dalle2_jax.pipeline import accept, models, values
 from dalle2_jax.runtime import use_compilation_cache
 
@@ -97,7 +98,7 @@ def load_local_clip(
     Its params are float32, as those that stages read; `dtype` is of the activations.
     Args and Raises: see `load`.
     """
-    export = karlo.read_any(find(path), only=("clip",), accept=accept.part)
+    export = karlo.read_any(find(path), only=("clip",), accept=accept_part)
     devices = models.mesh(jax.local_devices())
     placed = jax.tree.map(models.placer(devices), export.params)
     whole = [(str(path), export._replace(params=placed))]
@@ -132,7 +133,7 @@ def _load(
         return put(tensors.cast(array, dtype))
 
     def read(path: str | Path) -> checkpoint.Export:
-        return karlo.read_any(find(path, variant), place, only, variant, accept.part)
+        return karlo.read_any(find(path, variant), place, only, variant, accept_part)
 
     exports = [(str(path), read(path)) for path in paths]
     model = models.assemble(exports, devices, dtype)

@@ -344,7 +344,7 @@ def of_an_export() -> dict[str, Case]:
         ),
         "another schedule": (
             sampling("decoder", "diffusion", "schedule", value="foo"),
-            "decoder.diffusion.schedule is 'foo': must be cosine, linear",
+            "decoder.diffusion.schedule is 'foo': must be one of cosine, linear",
         ),
         "too many steps": (
             sampling("decoder", "sampling", "steps", value=10**9),

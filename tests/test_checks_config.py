@@ -28,33 +28,19 @@ def test_a_config_that_can_be_trained():
 
 
 def test_all_mistakes_are_found_at_once():
-    findings, setup = check(
-        **{
-            "batch_size": 12,
-            "optim.name": "adam",
-            "profile": "9:3",
-            "keep_every": 7,
-            "keep": 0,
-            "base": "/nowhere",
-            "stage": "priors",
-        }
-    )
-    assert {f.level for f in findings} == {"problem"}
-    assert [f.check for f in findings] == [
-        "batch",
-        "optimiser",
-        "log",
-        "keep",
-        "keep",
-        "stage",
-    ]
+    values = {"optim.name": "adam", "keep_every": 7, "keep": 0}
+    findings, setup = check(**values, **{"optim.b1": 2.0, "stage": "priors"})
+    assert {(f.level, f.check) for f in findings} == {("problem", "config")}
     for finding, word in zip(
         findings,
-        ("multiple of 8", "'adam'", "9:3", "keep_every=7", "keep is 0", "'priors'"),
+        ("keep is 0", "optim.name is 'adam'", "optim.b1 is 2.0", "'priors'"),
         strict=True,
     ):
         assert word in finding.found
-    assert setup.traced is None and setup.mesh.size == 8
+    assert setup.traced is None and setup.mesh is None
+    findings, setup = check(batch_size=12, wandb="x", base="/nowhere")
+    assert [f.check for f in findings if f.check != "log"] == ["batch", "stage"]
+    assert "multiple of 8" in findings[0].found and setup.mesh.size == 8
 
 
 @pytest.mark.parametrize(
@@ -63,9 +49,9 @@ def test_all_mistakes_are_found_at_once():
         ({"mesh.fsdp": 3}, "mesh", "mesh.fsdp=3, mesh.tensor=1 does not fit 8 devices"),
         ({"base": "/nowhere"}, "stage", "/nowhere is not a model"),
         ({"data.source": "folder"}, "data", 'data "folder" needs a path'),
-        ({"sampling.sampler": "euler"}, "stage", "euler"),  # not before a preview
-        ({"net.heads": 3}, "stage", "TypeError: cannot reshape"),  # no UserError
-        ({"data.crop": "left"}, "stage", 'crop is "left"'),
+        ({"sampling.sampler": "euler"}, "config", "euler"),  # not before a preview
+        ({"net.heads": 3}, "config", "net.heads is 3: must divide width=32"),
+        ({"data.crop": "left"}, "config", "data.crop is 'left'"),
     ],
 )
 def test_a_mistake_is_one_problem(values, check_, found):

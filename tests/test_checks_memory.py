@@ -6,6 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle2_jax.checks import memory
 from dalle2_jax.train import mesh
+from dalle2_jax.train.memory import limit
 from dalle2_jax.train.update import TrainState
 
 
@@ -40,8 +41,8 @@ def test_what_does_not_fit_is_a_problem():
 
 def test_cpus_share_the_hosts_memory():
     devices = jax.devices()
-    assert memory.limit(devices) == memory.limit(devices[:1]) // 8
-    assert memory.limit(devices[:1]) > 2**28
+    assert limit(devices) == limit(devices[:1]) // 8
+    assert limit(devices[:1]) > 2**28
 
     class Device:
         def __init__(self, limit):
@@ -50,4 +51,4 @@ def test_cpus_share_the_hosts_memory():
         def memory_stats(self):
             return {"bytes_limit": self.bytes}
 
-    assert memory.limit([Device(7), Device(5)]) == 5
+    assert limit([Device(7), Device(5)]) == 5

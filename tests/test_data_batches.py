@@ -265,9 +265,9 @@ def test_all_bad_is_an_error():
     ("options", "message"),
     [
         ({"process_count": 3}, "a batch of 8 does not divide by 3 processes"),
-        ({"seed": -1}, "the seed is -1"),
+        ({"seed": -1}, "seed is -1: must be"),
         ({"workers": -1}, "workers is -1"),
-        ({"crop": "top"}, 'crop is "top"; it can be one of .*random'),
+        ({"crop": "top"}, "crop is 'top': must be one of center, random"),
     ],
 )
 def test_errors_say_what_is_wrong(options, message):

@@ -174,7 +174,10 @@ def test_strengths_matter(picture):
 @pytest.mark.parametrize(
     ("strengths", "message"),
     [
-        ({"jpeg": (95, 30)}, r"bsr.jpeg is \(95, 30\): must be two numbers from 1 to"),
+        (
+            {"jpeg": (95, 30)},
+            r"bsr.jpeg is \(95, 30\): must be two of a whole number from 1 to 100",
+        ),
         ({"isotropic": (0.0, 1.0)}, "bsr.isotropic is .* from 0.01"),
         ({"noise": (-1, 5)}, "bsr.noise is .* from 0 to 255, the smaller one first"),
     ],

@@ -268,7 +268,11 @@ def test_captions_are_evenly_spread(shards):
         (("folder", ".", "unseen"), {}, 'no split "unseen"'),
         (("folder", "."), {"contrast": 4}, 'no option "contrast", but .*holdout'),
         (("shapes",), {"contrast": 0}, "contrast is 0"),
-        (("shapes", None, "train", -1), {}, "the seed is -1"),
+        (
+            ("shapes", None, "train", -1),
+            {},
+            "seed is -1: must be a whole number from 0",
+        ),
     ],
 )
 def test_open_source_errors(arguments, options, message):

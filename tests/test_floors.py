@@ -14,6 +14,7 @@ PACKAGE = ROOT / "dalle2_jax"
 FLOORS = {
     "errors": -1,
     "files": 0,
+    "rules": 0,
     "runtime": 0,
     "storage": 0,
     "tensors": 0,

@@ -13,6 +13,7 @@ from dalle2_jax.errors import UserError
 from tests import hostile_models
 from tests.golden import peer
 from tests.test_convert_openai_clip import CONFIG, stored, write
+from tests.tiny import make_stage
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,13 @@ def test_a_pipeline(pipeline, tmp_path, spoil, message):
         assert_refused(folder, message)
     else:
         hub.load(folder)
+
+
+@pytest.mark.parametrize("name", ["no width", "no net", "activation", "net a list"])
+def test_training_upon_a_model_of_ours(export, tmp_path, name):
+    spoil, message = hostile_models.of_an_export()[name]
+    folder = shutil.copytree(export, tmp_path / "model")
+    spoil(folder)
+    for key in ("base", "init_from"):
+        with pytest.raises(UserError, match=message):
+            make_stage("prior", **{key: str(folder)})

@@ -5,14 +5,17 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import upsampler
+from configs import clip, upsampler
 from dalle2_jax import checkpoint, parts
 from dalle2_jax.data import tokenizer
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import loop
+from dalle2_jax.nn.clip import CLIP
+from dalle2_jax.parts.finetune import start_params
+from dalle2_jax.train import loop, mesh, update
 from tests.tiny import make_stage
 
 PARTS = {
@@ -41,9 +44,11 @@ def converted(tiny_models, tmp_path_factory):
         directory,
         params={
             **model["params"],
-            "upsampler_32_last": {"kernel": np.ones((2, 3), np.float16)},
+            "upsampler_32_last": jax.tree.map(
+                lambda x: np.asarray(x, np.float16), model["params"]["upsampler_32"]
+            ),
         },
-        config={"parts": {**parts, "upsampler_32_last": {"net": {}}}},
+        config={"parts": {**parts, "upsampler_32_last": parts["upsampler_32"]}},
         tokenizer=model["tokenizer"],
         statistics={**model["statistics"], **fixed},
     )
@@ -89,12 +94,44 @@ def test_the_base_may_be_another_model(converted, tiny_models):
     assert set(stage.export(stage.start)["params"]) == {"clip", "decoder"}
 
 
-def test_a_run_of_no_steps_gives_the_model_back(converted, tmp_path):
-    state, model = finetune(tmp_path, converted, steps=0)
+def test_a_run_begins_with_the_model_and_gives_it_back(converted):
+    stage = make_stage("upsampler", init_from=str(converted))
+    config = upsampler.get_config("tiny")
+    state = update.make_step(stage, config, mesh.make(), optax.sgd(1.0)).begin()
     before = checkpoint.load(converted)
-    for params in (state.params, state.ema, model.params["upsampler_32"]):
+    for params in (state.params, state.ema):
         assert_equal(params, before.params["upsampler_32"])
-    assert_equal(model.params, before.params)
+    assert_equal(stage.export(jax.device_get(state.ema))["params"], before.params)
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"text_eps": 1e-3}, "text_eps 1e-05 instead of 0.001"),
+        ({"vision_activation": "relu"}, "vision_activation gelu instead of relu"),
+        ({"vision_activation": "gelu", "text_mlp_width": 128}, None),  # as without
+    ],
+)
+def test_arguments_that_configs_leave_out_are_compared(converted, values, told):
+    model = checkpoint.load(converted)
+    net = model.config["parts"]["clip"]["net"]
+    config = {"parts": {"clip": {"net": {**net, **values}}}}
+
+    def start():
+        return start_params(
+            clip.get_config("tiny"),
+            model._replace(config=config),
+            "clip",
+            CLIP,
+            net,
+            lambda key: jax.tree.map(jnp.asarray, model.params["clip"]),
+        )
+
+    if told is None:
+        assert_equal(start(), model.params["clip"])
+        return
+    with pytest.raises(UserError, match=f"the config has {told}: change it back"):
+        start()
 
 
 def test_only_what_is_trainable_changes(converted, tmp_path):
@@ -152,7 +189,7 @@ def test_params_in_bfloat16_give_nearly_the_same_loss(converted):
         ("clip", {"net.activation": "quick_gelu"}, "activation quick_gelu instead of"),
         ("prior", {"trainable": "blok"}, "'blok' is in no param's path: .*ln_out"),
         ("prior", {"trainable": "("}, "is no regular expression: missing"),
-        ("prior", {"param_dtype": "float16"}, "param_dtype='float16': must be"),
+        ("prior", {"param_dtype": "float16"}, "param_dtype is 'float16': must be"),
         (
             "upsampler",
             {"init_from": "", "trainable": "up_"},

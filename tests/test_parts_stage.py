@@ -128,7 +128,7 @@ def test_a_stage_needs_a_base_with_clip(tmp_path, tiny_models):
     checkpoint.export(tmp_path / "m", params={}, config={"parts": {}})
     with pytest.raises(UserError, match="has no CLIP"):
         make_stage("decoder", tmp_path / "m")
-    with pytest.raises(UserError, match="dtype='float16'"):
+    with pytest.raises(UserError, match="config.dtype is 'float16'"):
         make_stage("clip", None, dtype="float16")
-    with pytest.raises(UserError, match='"imagenet"'):
-        make_stage("clip", None, **{"data.source": "imagenet"}).batches("train", 0)
+    with pytest.raises(UserError, match="data.source is 'imagenet': must be one of"):
+        make_stage("clip", None, **{"data.source": "imagenet"})

@@ -76,5 +76,5 @@ def test_bsr_degrades_on_the_host():
 
 
 def test_an_unknown_degradation_is_refused():
-    with pytest.raises(UserError, match="degrade='jpeg': must be 'blur' or 'bsr'"):
+    with pytest.raises(UserError, match="degrade is 'jpeg': must be one of blur, bsr"):
         make_stage("upsampler", degrade="jpeg")

@@ -102,3 +102,6 @@ def test_what_can_not_be_filtered(folder):
         choose(open_all("folder", str(folder)), rules.Limits(duplicates=0.9))
     with pytest.raises(UserError, match="shapes has no end"):
         choose(open_all("shapes"), limits())
+    for name, value in (("min_std", float("nan")), ("min_words", -1)):
+        with pytest.raises(UserError, match=f"filter.{name} is {value}: must be"):
+            choose(open_all("folder", str(folder)), rules.Limits(**{name: value}))

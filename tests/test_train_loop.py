@@ -25,7 +25,7 @@ from PIL import Image
 
 from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import checkpoints, loop
+from dalle2_jax.train import checkpoints, loop, mesh, update
 from dalle2_jax.train.log import Log
 from tests.linear import WIDTH, assert_close, assert_equal, linear, make_batches
 
@@ -148,9 +148,10 @@ def start_from(seed, dtype=np.float32):
     )
 
 
-def test_a_run_starts_from_params_it_is_given(tmp_path):
+def test_a_run_starts_from_params_it_is_given():
     stage = start_from(seed=7)
-    state = train(tmp_path, make_config(steps=0), stage=stage)
+    program = update.make_step(stage, make_config(), mesh.make(), optax.sgd(1.0))
+    state = program.begin()
     assert_equal(state.params, stage.start)
     assert_equal(state.ema, stage.start)
 
@@ -440,15 +441,26 @@ def test_a_batch_that_does_not_divide(tmp_path, batch_size, accumulate):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"accumulate": 0}, "accumulate=0 must be at least 1"),
-        ({"steps": -3}, "steps=-3 must be from 0 to 2,147,483,647"),
-        ({"steps": 10**12}, "steps=1000000000000 must be from 0 to 2,147,483,647"),
-        ({"save_every": -1}, "save_every=-1 must be from 0"),
-        ({"eval_batches": -1}, "eval_batches=-1 must be from 0"),
-        ({"seed": 10**24}, "seed=10{24} must be from 0"),
-        ({"ema_decay": np.nan}, "ema_decay=nan must be from 0 to 1"),
-        ({"ema_decay": 2.0}, "ema_decay=2.0 must be from 0 to 1"),
+        ({"batch_size": 0}, "config.batch_size is 0: must be a whole number from 1"),
+        ({"accumulate": 0}, "config.accumulate is 0: must be a whole number from 1"),
+        ({"steps": -3}, "config.steps is -3: must be a whole number from 1 to"),
+        (
+            {"steps": 0},
+            "config.steps is 0: must be a whole number from 1 to 2147483647",
+        ),
+        ({"steps": 10**12}, "config.steps is 1000000000000: must"),
+        ({"save_every": -1}, "config.save_every is -1: must be a whole number from 0"),
+        ({"eval_batches": -1}, "config.eval_batches is -1: must be a whole"),
+        ({"seed": 10**24}, "config.seed is 10{24}: must be .* from 0 to 4294967295"),
+        ({"seed": 2**32}, "config.seed is 4294967296: must be"),
+        ({"keep": 0}, "config.keep is 0: must be a whole number from 1"),
+        ({"keep_every": -1}, "config.keep_every is -1: must be a whole number from 0"),
+        ({"profile": "9:3"}, "profile='9:3' has no steps"),
+        (
+            {"ema_decay": np.nan},
+            "config.ema_decay is nan: must be a number from 0 to 1",
+        ),
+        ({"ema_decay": 2.0}, "config.ema_decay is 2.0: must be a number from 0 to 1"),
         ({"mesh": {"data": 10**9}}, "mesh.data=1000000000, .* does not fit 8 devices"),
         ({"mesh": {"fsdp": 10**9}}, "mesh.fsdp=1000000000, .* does not fit 8 devices"),
         ({"optim": {"learning_rate": np.nan}}, "optim.learning_rate is nan"),

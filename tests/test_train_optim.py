@@ -182,10 +182,10 @@ def test_rounding_at_random(value):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"schedule": "cosin"}, "'cosin': it must be one of constant, cosine, linear"),
+        ({"schedule": "cosin"}, "'cosin': must be one of constant, cosine, linear"),
         (
             {"name": "adam"},
-            "optim.name is 'adam': it must be one of adamw, muon, adafactor",
+            "optim.name is 'adam': must be one of adamw, muon, adafactor",
         ),
         ({"learning_rate": -1.0}, "optim.learning_rate is -1.0"),
         ({"warmup": -1}, "optim.warmup is -1"),

@@ -1,7 +1,6 @@
 """Whether train.py would accept a config, now and at its first preview."""
 
 import functools
-import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +13,7 @@ from dalle2_jax import parts
 from dalle2_jax.checks.finding import Finding, ok
 from dalle2_jax.data.examples import Source
 from dalle2_jax.errors import UserError, first_line
-from dalle2_jax.train import checkpoints, log, loop, measure, optim, update
+from dalle2_jax.train import log, loop, optim, settings, update
 from dalle2_jax.train import mesh as meshes
 
 T = TypeVar("T")
@@ -67,14 +66,16 @@ def check(config: ConfigDict, load: parts.Load) -> tuple[list[Finding], Setup]:
             findings.append(Finding("problem", name, found))
         return None
 
+    for problem in settings.problems(config):
+        findings.append(Finding("problem", "config", problem))
+    attempt("config", lambda: parts.check(config))
+    if findings:
+        return findings, Setup()
     mesh = attempt("mesh", lambda: meshes.make(**config.mesh))
     if mesh is not None:
         attempt("batch", lambda: loop.check_batch_size(config, mesh))
     optimizer = attempt("optimiser", lambda: optim.make(config.steps, **config.optim))
-    attempt("log", lambda: measure.span(config.profile, 0))
     attempt("log", lambda: log.check_writers(config.tensorboard, config.wandb))
-    attempt("keep", lambda: loop.check_intervals(config))
-    attempt("keep", lambda: _open_run(config))
     open_source = functools.partial(parts.stage.open_source, config)
     source = attempt("data", lambda: open_source("train"))
     attempt("data", lambda: open_source("heldout"))
@@ -127,8 +128,3 @@ def first_batch(stage: parts.Stage, split: str) -> dict[str, np.ndarray]:
 
 def _failed(check: str, findings: list[Finding]) -> bool:
     return any(finding.check == check for finding in findings)
-
-
-def _open_run(config: ConfigDict) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoints.Run(folder, config.keep, config.keep_every).close()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint, parts
+from dalle2_jax import parts
 from dalle2_jax.checks import config as checks
 from dalle2_jax.checks import data, learning, memory, speed
 from dalle2_jax.checks.finding import Finding
@@ -17,6 +17,7 @@ from dalle2_jax.errors import UserError, first_line
 from dalle2_jax.flags import told
 from dalle2_jax.train import cpu, measure
 from dalle2_jax.train import mesh as meshes
+from dalle2_jax.train.memory import limit
 
 
 def examine(
@@ -38,7 +39,7 @@ def examine(
     def wanted(part: str) -> bool:
         return part not in skip
 
-    load = functools.cache(checkpoint.load)
+    load = functools.cache(parts.load)
     with told("building the stage"):
         findings, setup = checks.check(config, load)
     yield from findings
@@ -55,7 +56,7 @@ def examine(
     compiled = None
     if wanted("memory") or wanted("speed"):
         with told("compiling the training step"), jax.set_mesh(setup.mesh):
-            there = memory.limit(setup.mesh.devices.ravel().tolist())
+            there = limit(setup.mesh.local_devices)
             finding, compiled = memory.check(setup.traced, setup.arguments, there)
         if wanted("memory") or compiled is None:
             yield finding

@@ -1,7 +1,5 @@
 """Whether a training step fits into the memory of the devices that are here."""
 
-import os
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,14 +46,6 @@ def measure(compiled: Any, state: Any, frozen: Any, batch: Any) -> Memory:
         batch=meshes.local_bytes(batch),
         temporary=analysis.temp_size_in_bytes + outputs,
     )
-
-
-def limit(devices: Sequence[Any]) -> int:
-    """Bytes of memory of a device; of CPUs, which share the host's, their part."""
-    stats = devices[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return min(device.memory_stats()["bytes_limit"] for device in devices)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
 
 
 def check(

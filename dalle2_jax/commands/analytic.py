@@ -34,21 +34,26 @@ def main() -> None:
     if CONFIG.value is None:
         raise UserError("no --config: give one, as --config=prior.py:small")
 
-    from dalle2_jax import checkpoint
+    from dalle2_jax import checkpoint, parts
+    from dalle2_jax.checks import values
     from dalle2_jax.data import tokenizer
     from dalle2_jax.parts import prior
     from dalle2_jax.runtime import use_compilation_cache
 
     use_compilation_cache()
     config = CONFIG.value
+    values.check(config)
     config.init_from, config.base = MODEL.value, ""
-    model, error = prior.measure_x0_error(config, EXAMPLES.value)
-    parts = model.config["parts"]
-    sampling = {**parts["prior"]["sampling"], "variance": "analytic"}
+    model, error = prior.measure_x0_error(config, EXAMPLES.value, parts.load)
+    sections = model.config["parts"]
+    prior_section = sections["prior"]
+    sampling = {**prior_section["sampling"], "variance": "analytic"}
     checkpoint.export(
         OUT.value,
         params=model.params,
-        config={"parts": {**parts, "prior": {**parts["prior"], "sampling": sampling}}},
+        config={
+            "parts": {**sections, "prior": {**prior_section, "sampling": sampling}}
+        },
         tokenizer=tokenizer.load(model.tokenizer_dir),
         statistics={**model.statistics, "prior_x0_error": error},
     )

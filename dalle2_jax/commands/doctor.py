@@ -55,7 +55,7 @@ def main() -> None:
     from dalle2_jax.train import cpu
 
     cpu.keep_memory()
-    cpu.use_cores(config.batch_size // max(config.accumulate, 1))
+    cpu.use_cores(max(config.batch_size, 1) // max(config.accumulate, 1))
     findings = []
     for finding in examine(
         config,

@@ -69,7 +69,7 @@ def clip_net(config: ConfigDict) -> dict[str, Any] | None:
     Raises:
       UserError: there is none of these.
     """
-    from dalle2_jax import checkpoint, parts
+    from dalle2_jax import parts
 
     if config.stage == "upsampler":
         return None
@@ -77,7 +77,7 @@ def clip_net(config: ConfigDict) -> dict[str, Any] | None:
         return parts.clip.arguments(config, None)
     if CLIP.value is None and (config.base or config.init_from):
         base, _ = parts.stage.load_models(
-            config, lambda path: checkpoint.load(path, only=("clip",))
+            config, lambda path: parts.load(path, only=("clip",))
         )
         return base.config["parts"]["clip"]["net"]
     if CLIP.value is None:
@@ -106,9 +106,11 @@ def main() -> None:
         raise UserError("this config is of several stages: plan each by its own")
     import jax
 
+    from dalle2_jax.checks import values
     from dalle2_jax.planning import estimate
     from dalle2_jax.planning.topology import parse
 
+    values.check(config)
     topology = parse(TOPOLOGY.value)
     # No accelerator that is here is touched. Of one CPU device alone programs are
     # written otherwise (see nn.layers).
@@ -146,7 +148,7 @@ def main() -> None:
             config, clip, topology, pictures=pictures, effort=EFFORT.value
         )
     if JSON.value:
-        values = found._asdict() | {"roofline": found.roofline._asdict()}
-        print(json.dumps(values | {"days": found.days}, indent=1))
+        told_of = found._asdict() | {"roofline": found.roofline._asdict()}
+        print(json.dumps(told_of | {"days": found.days}, indent=1))
     else:
         print(estimate.table(found, topology.chip))

@@ -83,9 +83,11 @@ def main() -> None:
         raise UserError("no --workdir: give a directory for this run")
     import jax
 
+    from dalle2_jax.checks import values
     from dalle2_jax.runtime import use_compilation_cache
     from dalle2_jax.train import cluster, cpu
 
+    values.check(CONFIG.value)
     cluster.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     cpu.keep_memory()
     use_compilation_cache()

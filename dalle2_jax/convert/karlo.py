@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from dalle2_jax import checkpoint, tensors
+from dalle2_jax import checkpoint, rules, tensors
 from dalle2_jax.convert import karlo_config as configs
 from dalle2_jax.convert import karlo_names as names
 from dalle2_jax.convert import openai_clip, table, weights
@@ -242,8 +242,8 @@ def _read_upsampler(
 def _size(component: Path) -> int:
     """The side of the pictures that a component makes."""
     config = _config(component)
-    rules = {"sample_size": settings.SIDE}
-    settings.check(config, rules, str(component / "config.json"))
+    known = {"sample_size": rules.SIDE}
+    rules.check(config, known, str(component / "config.json"))
     return config["sample_size"]
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 from absl import flags
 
+from dalle2_jax import rules
 from dalle2_jax.data.examples import BadExample, Source
 from dalle2_jax.data.rows import Rows
 from dalle2_jax.data.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 TRIES = 100  # examples in a row that may be bad
+RULES = {"threads": rules.whole(0, 1024), "workers": rules.whole(0, 1024)}
 
 
 class Batches:
@@ -92,10 +94,8 @@ def batches(
         )
     if len(source) == 0:
         raise UserError(f"{source.name} has no examples")
-    if seed < 0:
-        raise UserError(f"the seed is {seed}; it must be 0 or more")
-    if workers < 0:
-        raise UserError(f"workers is {workers}; the least, for none, is 0")
+    rules.check({"seed": seed}, {"seed": rules.SEED}, "batches")
+    rules.check({"threads": threads, "workers": workers}, RULES, "data")
     rows.check(source)
 
     def load(position: int, index: int) -> tuple[dict, list[BadExample]]:
@@ -157,6 +157,17 @@ def in_order(
 
     In place of an unusable one comes its BadExample, which `make` may raise, too.
     """
+    rules.check({"threads": threads, "workers": workers}, RULES, "data")
+    return _in_order(source, indices, make, threads, workers)
+
+
+def _in_order(
+    source: Source,
+    indices: range,
+    make: Callable[[dict], T],
+    threads: int,
+    workers: int,
+) -> Iterator[T | BadExample]:
     import grain
 
     def load(i: int) -> T | BadExample:

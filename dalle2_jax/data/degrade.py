@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from scipy import signal
 
-from dalle2_jax.errors import UserError
+from dalle2_jax import rules
 
 Picture = Float[np.ndarray, "h w 3"]
 Kernel = Float[np.ndarray, "k k"]
@@ -23,6 +23,14 @@ METHODS = {
     "area": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
+}
+_STRENGTHS = rules.pair(rules.number(0.01, 100), ordered=True)
+RULES = {
+    "isotropic": _STRENGTHS,
+    "anisotropic": _STRENGTHS,
+    "noise": rules.pair(rules.whole(0, 255), ordered=True),
+    "jpeg": rules.pair(rules.whole(1, 100), ordered=True),
+    "jpeg_chance": rules.CHANCE,
 }
 NOISES = {"correlated": 0.2, "color": 0.4, "gray": 0.4}  # how often each
 
@@ -54,7 +62,14 @@ def bsr(
     Raises:
       UserError: a range that is none, or a strength that can't be.
     """
-    _check(isotropic=isotropic, anisotropic=anisotropic, noise=noise, jpeg=jpeg)
+    given = {
+        "isotropic": isotropic,
+        "anisotropic": anisotropic,
+        "noise": noise,
+        "jpeg": jpeg,
+        "jpeg_chance": jpeg_chance,
+    }
+    rules.check(given, RULES, "bsr")
 
     def shrink(x: np.ndarray) -> np.ndarray:
         """To a random side, down to half of the one that is asked for (3.2)."""
@@ -101,17 +116,6 @@ def draw_order(rng: np.random.Generator) -> list[str]:
     first, second = sorted((order.index("shrink"), order.index("fit")))
     order[first], order[second] = "shrink", "fit"
     return order
-
-
-def _check(**ranges: Range) -> None:
-    limits = {"noise": (0, 255), "jpeg": (1, 100)}
-    for name, (low, high) in ranges.items():
-        least, most = limits.get(name, (0.01, 100))
-        if not least <= low <= high <= most:
-            raise UserError(
-                f"bsr.{name} is {(low, high)}: must be two numbers from {least} to "
-                f"{most}, the smaller one first"
-            )
 
 
 # Blur (section 3.1)

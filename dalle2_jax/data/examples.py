@@ -110,10 +110,8 @@ def select(
     `keep` is a file as `dalle2 filter` writes it: lines of JSON with the
     keys of the examples that are read.
 
-    Raises UserError if holdout is no fraction, or the file keeps nothing.
+    Raises UserError if the file keeps nothing.
     """
-    if not 0 <= holdout < 1:
-        raise UserError(f"holdout is {holdout}; it is a fraction, from 0 to below 1")
     keys = unique([printable(key) for key in listing.keys])
     indices = np.arange(len(keys))
     if keep is not None:

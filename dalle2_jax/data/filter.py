@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from safetensors.numpy import load
 
+from dalle2_jax import rules
 from dalle2_jax.errors import UserError, cut, first_line
 from dalle2_jax.files import read_bytes
 
@@ -63,6 +64,25 @@ class Limits(NamedTuple):
     min_classifier: float | int | None = None
     max_classifier: float | int | None = None
     duplicates: float | int | None = None
+
+
+_LENGTH = rules.optional(rules.whole(0, 10**9))
+_COSINE = rules.optional(rules.number(-1, 1))
+_SCORE = rules.optional(rules.number(-1e9, 1e9))
+RULES = {
+    **dict.fromkeys(("min_words", "max_words"), _LENGTH),
+    **dict.fromkeys(("min_characters", "max_characters", "min_side"), _LENGTH),
+    "min_latin": rules.optional(rules.CHANCE),
+    "max_aspect": rules.optional(rules.number(1, 1e9)),
+    "min_std": rules.optional(rules.number(0, 255)),
+    **dict.fromkeys(("min_clip_score", "max_clip_score", "duplicates"), _COSINE),
+    **dict.fromkeys(("min_classifier", "max_classifier"), _SCORE),
+}
+
+
+def check_limits(limits: Limits) -> None:
+    """Raise a UserError where a limit is no number, or out of its range."""
+    rules.check(limits._asdict(), RULES, "filter")
 
 
 OF_PICTURES = ("min_side", "max_aspect", "min_std")

@@ -9,6 +9,13 @@ from PIL import Image
 from dalle2_jax.data import image as images
 from dalle2_jax.data.examples import BadExample, Source, as_list
 from dalle2_jax.errors import UserError
+from dalle2_jax.rules import FLAG, check, number, one_of
+
+RULES = {
+    "crop": one_of(*images.CROPS),
+    "crop_fraction": number(0, 1, above=True),
+    "flip": FLAG,
+}
 
 
 class Rows(NamedTuple):
@@ -34,12 +41,7 @@ class Rows(NamedTuple):
 
     def check(self, source: Source) -> None:
         """A UserError where rows can't be made so, or not of this source."""
-        if self.crop not in images.CROPS:
-            raise UserError(f'crop is "{self.crop}"; it can be one of {images.CROPS}')
-        if not 0 < self.crop_fraction <= 1:
-            raise UserError(
-                f"crop_fraction is {self.crop_fraction}; it is above 0 and up to 1"
-            )
+        check(self._asdict(), RULES, "data")
         if source.embedded is None:
             return
         largest = max(self.sizes.values(), default=0)

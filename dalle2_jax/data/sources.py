@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from dalle2_jax import rules
 from dalle2_jax.data import shapes
 from dalle2_jax.data.embeddings import embeddings
 from dalle2_jax.data.examples import (
@@ -93,6 +94,8 @@ def open_source(
     known += [] if kind in PATHLESS else ["holdout", "keep"]
     if unknown := [name for name in options if name not in known]:
         raise UserError(f'data "{kind}" has no option "{unknown[0]}", but {known}')
+    check_options(options, f"data.{kind}")
+    rules.check({"seed": seed}, {"seed": rules.SEED}, f"data.{kind}")
     if bool(path) != (kind not in PATHLESS):
         needs = "takes no path" if path else "needs a path"
         raise UserError(f'data "{kind}" {needs}, and was given "{path or ""}"')
@@ -107,6 +110,11 @@ def open_source(
     if source.left_out:
         warn_once(f"{source.name}: left out: {counted(source.left_out)}")
     return source
+
+
+def check_options(options: Mapping[str, Any], where: str) -> None:
+    """Raise a UserError unless the options of a source have values that can be."""
+    rules.check(options, {k: RULES[k] for k in options if k in RULES}, where)
 
 
 def open_all(
@@ -157,11 +165,6 @@ def captions(source: Source, limit: int = 20_000) -> list[str]:
 
 
 def _shapes(split: str, seed: int, *, pairs: float = 0.5, contrast: int = 1) -> Source:
-    if contrast < 1:
-        raise UserError(f"contrast is {contrast}; the least, for none, is 1")
-    if seed < 0:
-        raise UserError(f"the seed is {seed}; it must be 0 or more")
-
     def read(i: int) -> dict:
         group, member = divmod(i, contrast)
         rng = np.random.default_rng((seed, shapes.SPLITS.index(split), group))
@@ -301,3 +304,13 @@ OPENERS: dict[str, Callable[..., Listing | Source]] = {
     "embeddings": embeddings,
 }
 PATHLESS = ("shapes", "mixture")
+# What their options may be.
+RULES = {
+    "pairs": rules.CHANCE,
+    "contrast": rules.COUNT,
+    "holdout": rules.number(0, 1, below=True),
+    "tfds_split": rules.TEXT,
+    "image": rules.TEXT,
+    "caption": rules.TEXT,
+    "data_dir": rules.optional(rules.TEXT),
+}

@@ -42,7 +42,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def build(
     kind: type[nn.Module],
     arguments: Any,
-    shapes: Shapes,
+    shapes: Shapes | None,
     where: str,
     dtype: DTypeLike = jnp.float32,
 ) -> nn.Module:
@@ -52,7 +52,8 @@ def build(
       kind: the module's class.
       arguments: what the config holds for it; should be an object.
       shapes: of the weights beside the config, by their names in any layout. They bound
-        the network's numbers and layers; that they fit is not checked here.
+        the network's numbers and layers; that they fit is not checked here. None for
+        a network that is yet to be trained.
       where: the config and the part, for messages.
       dtype: of the activations.
 
@@ -60,21 +61,22 @@ def build(
       UserError: arguments are unknown, missing, or of a wrong type or size, or the
         network can't be traced.
     """
-    if len(shapes) > MOST_TENSORS:
+    weights = MOST_TENSORS if shapes is None else len(shapes)
+    if weights > MOST_TENSORS:
         raise UserError(
-            f"{where}: has {len(shapes)} weights, a network has at most {MOST_TENSORS}"
+            f"{where}: has {weights} weights, a network has at most {MOST_TENSORS}"
         )
-    most = max(_MOST, sum(map(math.prod, shapes.values())))
-    _check(kind, arguments, _Bounds(most, len(shapes)), where)
+    most = max(_MOST, sum(map(math.prod, (shapes or {}).values())))
+    _check(kind, arguments, _Bounds(most, weights), where)
     # Networks call fewer modules than they have weights, twice with rematerialisation.
-    limit, calls = 20 + 2 * len(shapes), 0
+    limit, calls = 20 + 2 * weights, 0
 
     def count(call: Any, args: Any, kwargs: Any, _: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > limit:
             raise UserError(
-                f"{where}: describes more layers than its {len(shapes)} weights are for"
+                f"{where}: describes more layers than {weights} weights are for"
             )
         return call(*args, **kwargs)
 
@@ -82,6 +84,22 @@ def build(
         network = kind(**freeze(_tuples(arguments)), dtype=dtype)
         abstract(network)
     return network
+
+
+def complete(kind: type[nn.Module], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a network with the defaults of those that are left out.
+
+    Sequences are tuples, and the arguments of networks within are complete, too.
+    """
+    made = {
+        field.name: field.default
+        for field in dataclasses.fields(kind)
+        if field.name not in _NOT_ARGUMENTS and field.default is not dataclasses.MISSING
+    } | {name: _tuples(value) for name, value in arguments.items()}
+    for name, nested in _NESTED.items():
+        if isinstance(made.get(name), Mapping):
+            made[name] = complete(nested, made[name])
+    return made
 
 
 @contextlib.contextmanager

@@ -149,7 +149,8 @@ class UNet(nn.Module):
         x = jnp.zeros((1, self.unit, self.unit, self.in_channels))
         return x, jnp.zeros(1)
 
-    def _check_widths(self) -> None:
+    def check_widths(self) -> None:
+        """Raise a UserError unless groups and heads divide the channels."""
         for level, multiplier in enumerate(self.multipliers):
             channels = self.channels * multiplier
             attends = level in self.attention_levels
@@ -184,7 +185,7 @@ class UNet(nn.Module):
         Returns:
           float32, the network's raw output.
         """
-        self._check_widths()
+        self.check_widths()
         width = 4 * self.channels
         block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attend = nn.remat(AttentionBlock) if self.remat else AttentionBlock

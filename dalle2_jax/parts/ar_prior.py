@@ -12,11 +12,10 @@ import optax
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint
-from dalle2_jax.diffusion import settings
+from dalle2_jax import checkpoint, rules
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import ar_prior as nn
-from dalle2_jax.nn import codes
+from dalle2_jax.nn import build, codes
 from dalle2_jax.nn.ar_prior import ARPrior
 from dalle2_jax.nn.clip import Caption, cosine
 from dalle2_jax.parts import part
@@ -25,11 +24,14 @@ from dalle2_jax.parts.finetune import start_params
 from dalle2_jax.parts.part import Part, Sampler
 from dalle2_jax.parts.prior import choose_best, repeat_candidates
 from dalle2_jax.parts.stage import (
+    TRANSFORMER,
     Base,
     Batch,
     Load,
     Stage,
     add_part,
+    check_statistics,
+    check_width,
     dtype_of,
     encode_caption,
     load_base,
@@ -159,12 +161,12 @@ def _draw(sampling: Sampling, prepared: Prepared) -> nn.Draw:
 # Training
 
 
-def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
+def make_stage(config: ConfigDict, load: Load) -> Stage:
     """The stage that ``configs/ar_prior.py`` describes."""
     base = load_base(config, load)
     clip = base.clip
     net = arguments(config, base.model.config["parts"]["clip"]["net"])
-    model = ARPrior(**net, dtype=dtype_of(config))
+    model = build.build(ARPrior, net, None, "config.net", dtype_of(config))
     section = {"net": net, "sampling": config.sampling.to_dict()}
     batches = make_batches(
         config,
@@ -174,7 +176,7 @@ def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
         clip_params=base.clip_params,
     )
     if base.origin is not None:
-        table, edges = stored_tables(base.origin, config.init_from)
+        table, edges = stored_tables(base.origin, config.init_from, model)
     else:
         table, edges = fit_tables(
             base,
@@ -252,7 +254,7 @@ def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
         preview=preview,
         batches=batches,
         export=export,
-        start=start_params(config, base.origin, "ar_prior", net, init),
+        start=start_params(config, base.origin, "ar_prior", ARPrior, net, init),
     )
 
 
@@ -279,7 +281,7 @@ def drop_caption(caption: Caption, empty: Caption, drop: Bool[Array, " b"]) -> C
 
 
 def stored_tables(
-    model: checkpoint.Export, where: str
+    model: checkpoint.Export, where: str, network: ARPrior
 ) -> tuple[codes.Codes, Float[np.ndarray, " q"]]:
     """What `fit_tables` gave when a model's prior was trained."""
     if "ar_prior" not in model.statistics:
@@ -288,6 +290,7 @@ def stored_tables(
             "codes can't be read: export the model again, or train one from nothing "
             "with --config.init_from="
         )
+    check_statistics(model.statistics, zero_statistics(network), f"init_from={where}")
     stored = dict(model.statistics["ar_prior"])
     edges = stored.pop("dot_products")
     return codes.Codes(**stored), edges
@@ -331,13 +334,23 @@ def zero_statistics(network: ARPrior) -> dict[str, Any]:
     return {"ar_prior": {**table._asdict(), "dot_products": edges}}
 
 
+SAMPLING = {
+    "candidates": rules.whole(1, 1000),
+    "guidance": rules.number(-1000, 1000),
+    "temperature": rules.number(0, 1000),
+}
 RULES = {
-    "candidates": settings.whole(1, 1000),
-    "guidance": settings.number(-1000, 1000),
-    "temperature": settings.number(0, 1000),
+    "net": {
+        **TRANSFORMER,
+        "components": rules.COUNT,
+        "buckets": rules.whole(2, 1_000_000),
+        "dot_products": rules.whole(2, 1_000_000),
+    },
+    "drop_caption": rules.CHANCE,
+    "statistics_examples": rules.whole(1, 100_000_000),
 }
 SAMPLER = Sampler(
-    RULES, ("guidance",), make_sampling, count_steps, begin, advance, finish
+    SAMPLING, ("guidance",), make_sampling, count_steps, begin, advance, finish
 )
 PART = Part(
     "ar_prior",
@@ -345,6 +358,8 @@ PART = Part(
     arguments,
     make_stage,
     most_left=0.3,
+    rules=RULES,
+    check=lambda config: check_width(config.net.to_dict(), "config.net"),
     makes="embedding",
     sampler=SAMPLER,
     read_statistics=read_statistics,

@@ -10,17 +10,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint
+from dalle2_jax import checkpoint, rules
 from dalle2_jax.data import image, sources, tokenizer
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn import build
 from dalle2_jax.nn.clip import CLIP
 from dalle2_jax.parts.finetune import start_params
 from dalle2_jax.parts.part import Part
 from dalle2_jax.parts.stage import (
+    TRANSFORMER,
     Batch,
     Load,
     Stage,
     add_part,
+    check_width,
     dtype_of,
     load_models,
     make_batches,
@@ -158,17 +161,12 @@ def similarity_picture(logits: Float[Array, "b b"]) -> UInt8[Array, "1 s s 3"]:
     return jnp.repeat(gray[None, :, :, None], 3, axis=-1)
 
 
-def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
+def make_stage(config: ConfigDict, load: Load) -> Stage:
     """The stage that ``configs/clip.py`` describes."""
-    if config.batch_size == 1:
-        raise UserError(
-            "batch_size=1: CLIP learns by telling the examples of a batch apart, and "
-            "the loss of one alone is always 0: give at least 2, better hundreds"
-        )
     base, origin = load_models(config, load)
     text = make_tokenizer(config, origin)
     net = arguments(config, {"vocab_size": text.vocab_size, "eot": text.eot})
-    model = CLIP(**net, dtype=dtype_of(config))
+    model = build.build(CLIP, net, None, "config.net", dtype_of(config))
 
     def init(key: Array) -> Any:
         return model.init(key, *model.example())["params"]
@@ -229,7 +227,7 @@ def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
             config, {"clip_image": model.image_size}, text, model.context_length
         ),
         export=export,
-        start=start_params(config, origin, "clip", net, init),
+        start=start_params(config, origin, "clip", CLIP, net, init),
         compares=True,
     )
 
@@ -260,4 +258,44 @@ def make_tokenizer(
     return tokenizer.train(captions, options.vocab_size, config.net.context_length)
 
 
-PART = Part("clip", CLIP, arguments, make_stage, most_left=0.2)
+def check(config: ConfigDict) -> None:
+    """Checks what CLIP's config must agree on."""
+    if config.batch_size == 1:
+        raise UserError(
+            "batch_size=1: CLIP learns by telling the examples of a batch apart, and "
+            "the loss of one alone is always 0: give at least 2, better hundreds"
+        )
+    net = config.net.to_dict()
+    reduced = 2 ** len(net["vision_stem"])
+    size, patch = net["image_size"], net["patch_size"]
+    if size % patch or patch % reduced:
+        raise UserError(
+            f"config.net.patch_size is {patch}: must divide image_size={size}, and be "
+            f"a multiple of {reduced}, by which vision_stem reduces the picture"
+        )
+    for tower in ("vision_", "text_"):
+        check_width(net, "config.net", tower)
+
+
+RULES = {
+    "loss_chunk": rules.whole(0, 2**31 - 1),
+    "tokenizer": {
+        "path": rules.TEXT,
+        "vocab_size": rules.whole(tokenizer.SMALLEST, 1_000_000),
+        "captions": rules.whole(1, 1_000_000_000),
+    },
+    "net": {
+        "embed_dim": rules.COUNT,
+        "image_size": rules.SIDE,
+        "patch_size": rules.SIDE,
+        "context_length": rules.whole(3, 100_000),  # start, end, and a word in between
+        "activation": TRANSFORMER["activation"],
+        "remat": rules.FLAG,
+        **{
+            f"{tower}_{key}": rules.COUNT
+            for tower in ("vision", "text")
+            for key in ("width", "layers", "heads")
+        },
+    },
+}
+PART = Part("clip", CLIP, arguments, make_stage, 0.2, RULES, check=check)

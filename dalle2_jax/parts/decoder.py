@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint
+from dalle2_jax import rules
 from dalle2_jax.data import image
 from dalle2_jax.diffusion import generate, sample, schedule
+from dalle2_jax.errors import UserError
+from dalle2_jax.nn import build
 from dalle2_jax.nn.clip import Caption
 from dalle2_jax.nn.decoder import Context, Decoder, with_known
+from dalle2_jax.nn.unet import UNet
 from dalle2_jax.parts import part
 from dalle2_jax.parts.component import (
     DECODER,
@@ -28,10 +31,16 @@ from dalle2_jax.parts.component import (
 from dalle2_jax.parts.finetune import start_params
 from dalle2_jax.parts.part import Part, Sampler
 from dalle2_jax.parts.stage import (
+    DIFFUSION,
+    TRANSFORMER,
+    UNET,
     Batch,
     Load,
     Stage,
     add_part,
+    check_side,
+    check_unet,
+    check_width,
     denoising_loss,
     drop_caption,
     dtype_of,
@@ -194,12 +203,12 @@ def random_masks(key: Array, count: int, size: int) -> Float[Array, "n s s 1"]:
     return (masks | whole).astype(jnp.float32)[..., None]
 
 
-def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
+def make_stage(config: ConfigDict, load: Load) -> Stage:
     """The stage that ``configs/decoder.py`` describes."""
     base = load_base(config, load)
     clip = base.clip
     net = arguments(config, base.model.config["parts"]["clip"]["net"])
-    model = Decoder(**net, dtype=dtype_of(config))
+    model = build.build(Decoder, net, None, "config.net", dtype_of(config))
     diffusion = config.diffusion.to_dict()
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     size = config.size
@@ -285,10 +294,32 @@ def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
             config, sizes, base.text, clip.context_length, clip_params=base.clip_params
         ),
         export=export,
-        start=start_params(config, base.origin, "decoder", net, init),
+        start=start_params(config, base.origin, "decoder", Decoder, net, init),
     )
 
 
+def check(config: ConfigDict) -> None:
+    """Checks what the decoder's config must agree on."""
+    if config.net.text_encoder is not None:
+        text = config.net.text_encoder.to_dict()
+        rules.check(text, TRANSFORMER, "config.net.text_encoder")
+        check_width(text, "config.net.text_encoder")
+    if config.data.crop_fraction != 1:
+        raise UserError(
+            f"config.data.crop_fraction is {config.data.crop_fraction}: the decoder "
+            "makes whole pictures, it must be 1"
+        )
+    network = UNet(**config.net.unet)
+    check_unet(network, "config.net.unet")
+    check_side(config.size, network, "config.size")
+
+
+RULES = {
+    "net": {"unet": UNET, "context_width": rules.COUNT, "image_tokens": rules.COUNT},
+    "diffusion": DIFFUSION,
+    "drop_image": rules.CHANCE,
+    "drop_caption": rules.CHANCE,
+}
 SAMPLER = Sampler(
     {},
     ("steps", "guidance", "guidance_interval", "sampler"),
@@ -304,6 +335,8 @@ PART = Part(
     arguments,
     make_stage,
     most_left=0.5,
+    rules=RULES,
+    check=check,
     makes="picture",
     sides=("size",),
     sampler=SAMPLER,

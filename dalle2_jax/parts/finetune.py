@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 from dalle2_jax import checkpoint
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn import build
 from dalle2_jax.parts.stage import Batch, Stage, float32
 
 
@@ -23,6 +25,7 @@ def start_params(
     config: ConfigDict,
     origin: checkpoint.Export | None,
     name: str,
+    module: type[nn.Module],
     net: Mapping[str, Any],
     init: Callable[[Array], Any],
 ) -> Any:
@@ -30,7 +33,8 @@ def start_params(
 
     Args:
       origin: the model of ``config.init_from``.
-      name, net, init: the part, its network's arguments and Stage.init.
+      name, module, net, init: the part, its network's class and arguments, and
+        Stage.init.
 
     Raises:
       UserError: the model has no such part, or one of another network.
@@ -47,12 +51,14 @@ def start_params(
     abstract = jax.eval_shape(init, jax.random.key(0))
     checkpoint.check(origin.params[name], abstract, where)
     # What shapes don't tell, as heads and activations.
-    theirs = flatten_dict(origin.config["parts"][name]["net"], sep=".")
+    ours, theirs = (
+        _effective(build.complete(module, arguments))
+        for arguments in (net, origin.config["parts"][name]["net"])
+    )
     differences = [
-        f"{key} {value} instead of {theirs[key]}"
-        for key, value in flatten_dict(dict(net), sep=".").items()
-        if theirs.get(key, value) != value
-        and key.rpartition(".")[2] not in ("dropout", "remat")
+        f"{key} {ours.get(key)} instead of {theirs.get(key)}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
     ]
     if differences:
         raise UserError(
@@ -60,6 +66,18 @@ def start_params(
             f"{', '.join(differences)}: change it back"
         )
     return float32(origin.params[name])
+
+
+def _effective(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a network's complete arguments its answers depend on.
+
+    Without those that the shapes tell, whose None stands for the same number.
+    """
+    flat = flatten_dict(arguments, sep=".")
+    if "vision_activation" in flat:
+        flat["vision_activation"] = flat["vision_activation"] or flat["activation"]
+    apart = ("dropout", "remat", "text_mlp_width", "vision_mlp_width")
+    return {k: v for k, v in flat.items() if k.rpartition(".")[2] not in apart}
 
 
 def train_only(stage: Stage, expression: str) -> Stage:

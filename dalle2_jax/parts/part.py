@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 from ml_collections import ConfigDict
 
-from dalle2_jax.diffusion.settings import Rule
 from dalle2_jax.parts.component import Component, Inputs
 from dalle2_jax.parts.stage import Load, Stage
+from dalle2_jax.rules import Rule, Rules
 
 
 class Sampler(NamedTuple):
@@ -53,6 +53,8 @@ class Part(NamedTuple):
       make_stage: (config, load) -> the stage that trains it.
       most_left: of the loss of one batch, on which it is trained for 100 steps from
         random parameters, at most this part should be left.
+      rules: what the values of its config may be, beside those that all stages have.
+      check: raises a UserError if values of its config don't go together.
       makes: "embedding" (of an image), "picture", or None.
       sides: what its section of a config must have beside its network and the settings
         of its sampler: sides of pictures, in pixels.
@@ -69,10 +71,12 @@ class Part(NamedTuple):
     arguments: Callable[[ConfigDict, Mapping[str, Any] | None], dict[str, Any]]
     make_stage: Callable[[ConfigDict, Load], Stage]
     most_left: float
+    rules: Rules
     makes: str | None = None
     sides: tuple[str, ...] = ()
     sampler: Sampler | None = None
     several: bool = False
+    check: Callable[[ConfigDict], None] = lambda config: None
     read_statistics: Callable[
         [Mapping[str, Any], Mapping[str, Any]], dict[str, Any]
     ] = lambda statistics, settings: {}

@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint
-from dalle2_jax.diffusion import generate, guide, process, sample, schedule, settings
+from dalle2_jax import checkpoint, rules
+from dalle2_jax.diffusion import generate, guide, process, sample, schedule
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn import build
 from dalle2_jax.nn.clip import Caption, cosine
 from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.parts import part
@@ -31,10 +32,14 @@ from dalle2_jax.parts.component import (
 from dalle2_jax.parts.finetune import start_params
 from dalle2_jax.parts.part import Part, Sampler
 from dalle2_jax.parts.stage import (
+    DIFFUSION,
+    TRANSFORMER,
     Batch,
     Load,
     Stage,
     add_part,
+    check_statistics,
+    check_width,
     denoising_loss,
     drop_caption,
     dtype_of,
@@ -176,12 +181,12 @@ def last_noise(prepared: Inputs, steps: Array) -> Float[Array, "n d"]:
 # Training
 
 
-def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
+def make_stage(config: ConfigDict, load: Load) -> Stage:
     """The stage that ``configs/prior.py`` describes."""
     base = load_base(config, load)
     clip = base.clip
     net = arguments(config, base.model.config["parts"]["clip"]["net"])
-    model = DiffusionPrior(**net, dtype=dtype_of(config))
+    model = build.build(DiffusionPrior, net, None, "config.net", dtype_of(config))
     diffusion = config.diffusion.to_dict()
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     section = {
@@ -197,7 +202,7 @@ def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
         clip_params=base.clip_params,
     )
     if base.origin is not None:
-        mean, std = stored_statistics(base.origin, config.init_from)
+        mean, std = stored_statistics(base.origin, config.init_from, model)
     else:
         mean, std = embedding_statistics(
             clip,
@@ -265,12 +270,12 @@ def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
         preview=preview,
         batches=batches,
         export=export,
-        start=start_params(config, base.origin, "prior", net, init),
+        start=start_params(config, base.origin, "prior", DiffusionPrior, net, init),
     )
 
 
 def stored_statistics(
-    model: checkpoint.Export, where: str
+    model: checkpoint.Export, where: str, network: DiffusionPrior
 ) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
     """Mean and standard deviation of z_image that a model's prior works with."""
     names = "z_image_mean", "z_image_std"
@@ -280,6 +285,7 @@ def stored_statistics(
             f"init_from={where} has no {' and no '.join(missing)}, without which its "
             "prior can't be read: convert or export the model again"
         )
+    check_statistics(model.statistics, zero_statistics(network), f"init_from={where}")
     if not np.all(model.statistics["z_image_std"] > 0):
         raise UserError(
             f"init_from={where}: z_image_std of its statistics must be above 0 in "
@@ -340,7 +346,7 @@ def mean_and_deviation(
 
 
 def measure_x0_error(
-    config: ConfigDict, examples: int
+    config: ConfigDict, examples: int, load: Load
 ) -> tuple[checkpoint.Export, Float[np.ndarray, " t"]]:
     """E‖x0 - x̂0‖² / d of a model's prior at each timestep, on the training set.
 
@@ -349,6 +355,7 @@ def measure_x0_error(
     Args:
       config: of the prior's stage; ``init_from`` is the model.
       examples: how many pictures; whole batches are read.
+      load: reads the model.
 
     Returns:
       The model, and the errors, float32.
@@ -356,7 +363,7 @@ def measure_x0_error(
     Raises:
       UserError: the model has no prior, or none of its statistics.
     """
-    base = load_base(config)
+    base = load_base(config, load)
     clip, model = base.clip, base.model
     if "prior" not in model.params:
         raise UserError(
@@ -365,7 +372,7 @@ def measure_x0_error(
         )
     section = model.config["parts"]["prior"]
     network = DiffusionPrior(**section["net"], dtype=dtype_of(config))
-    mean, std = stored_statistics(base.origin, config.init_from)
+    mean, std = stored_statistics(base.origin, config.init_from, network)
     diffusion, limit = section["diffusion"], section["sampling"]["clip"]
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     batches = make_batches(
@@ -422,13 +429,19 @@ def zero_statistics(network: DiffusionPrior) -> dict[str, Any]:
     return {"z_image_mean": zeros, "z_image_std": zeros + 1}
 
 
+SAMPLING = {
+    "candidates": rules.whole(1, 1000),
+    "variance": rules.one_of(None, "analytic"),
+    "last_std": rules.number(0, 100),
+}
 RULES = {
-    "candidates": settings.whole(1, 1000),
-    "variance": settings.one_of(None, "analytic"),
-    "last_std": settings.number(0, 100),
+    "net": TRANSFORMER,
+    "drop_caption": rules.CHANCE,
+    "statistics_examples": rules.whole(1, 100_000_000),
+    "diffusion": DIFFUSION,
 }
 SAMPLER = Sampler(
-    RULES,
+    SAMPLING,
     ("steps", "guidance", "guidance_interval", "sampler"),
     make_sampling,
     count_steps,
@@ -442,6 +455,8 @@ PART = Part(
     arguments,
     make_stage,
     most_left=0.5,
+    rules=RULES,
+    check=lambda config: check_width(config.net.to_dict(), "config.net"),
     makes="embedding",
     sampler=SAMPLER,
     read_statistics=read_statistics,

@@ -15,12 +15,59 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint
+from dalle2_jax import checkpoint, rules
 from dalle2_jax.data import batches, image, sources, tokenizer
+from dalle2_jax.data.rows import RULES as ROWS
 from dalle2_jax.data.rows import Rows
 from dalle2_jax.diffusion import process, schedule
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn.clip import CLIP, Caption
+from dalle2_jax.nn.layers import ACTIVATIONS
+from dalle2_jax.nn.unet import UNet
+
+DTYPE = rules.one_of("float32", "bfloat16")
+# What the configs of all stages have; the loop's own are in train/settings.py.
+RULES: rules.Rules = {
+    "base": rules.TEXT,
+    "init_from": rules.TEXT,
+    "trainable": rules.TEXT,
+    "seed": rules.SEED,
+    "batch_size": rules.whole(1, 2**31 - 1),
+    "dtype": DTYPE,
+    "param_dtype": DTYPE,
+    "data": {
+        "source": rules.one_of(*sources.OPENERS),
+        "path": rules.TEXT,
+        "keep": rules.TEXT,
+        **ROWS,
+        **batches.RULES,
+    },
+}
+# What the section `diffusion` has for training alone.
+DIFFUSION = {
+    "min_snr_gamma": rules.optional(rules.number(0, 1e6, above=True)),
+    "snr_power": rules.optional(rules.number(-10, 10)),
+    "logit_normal": rules.optional(rules.pair(rules.number(-100, 100))),
+}
+TRANSFORMER = {
+    "width": rules.COUNT,
+    "layers": rules.COUNT,
+    "heads": rules.COUNT,
+    "activation": rules.one_of(*ACTIVATIONS),
+    "remat": rules.FLAG,
+}
+UNET = {
+    "channels": rules.COUNT,
+    "blocks": rules.COUNT,
+    "in_channels": rules.COUNT,
+    "out_channels": rules.COUNT,
+    "head_channels": rules.COUNT,
+    "groups": rules.COUNT,
+    "patch_size": rules.COUNT,
+    "dropout": rules.number(0, 1, below=True),
+    "scale_shift": rules.FLAG,
+    "remat": rules.FLAG,
+}
 
 Batch = Mapping[str, Array]
 Scalars = dict[str, Array]
@@ -78,7 +125,7 @@ class Base(NamedTuple):
 
 
 def load_models(
-    config: ConfigDict, load: Load = checkpoint.load
+    config: ConfigDict, load: Load
 ) -> tuple[checkpoint.Export | None, checkpoint.Export | None]:
     """Reads ``config.base`` and ``config.init_from``; None for what is not given.
 
@@ -95,7 +142,7 @@ def load_models(
     return read(config.base) if config.base else None, origin
 
 
-def load_base(config: ConfigDict, load: Load = checkpoint.load) -> Base:
+def load_base(config: ConfigDict, load: Load) -> Base:
     """The models of `load_models`; the base must have a CLIP and a tokenizer."""
     model, origin = load_models(config, load)
     if model is None:
@@ -121,8 +168,9 @@ def load_base(config: ConfigDict, load: Load = checkpoint.load) -> Base:
             f"the CLIP of the model at {where} has no image tower: give a base that "
             "has both towers"
         )
-    check_heads(model.config["parts"]["clip"]["net"], config.mesh.tensor)
+    check_heads(model.config["parts"]["clip"]["net"], max(1, config.mesh.tensor))
     text = tokenizer.load(model.tokenizer_dir)
+    text.check(clip.vocab_size, clip.eot, where)
     return Base(
         model=model,
         origin=origin,
@@ -158,9 +206,39 @@ def add_part(
 
 def dtype_of(config: ConfigDict, key: str = "dtype") -> jnp.dtype:
     """The dtype that ``config.dtype`` (of activations) or another key names."""
-    if config[key] not in ("float32", "bfloat16"):
-        raise UserError(f"{key}={config[key]!r}: must be 'float32' or 'bfloat16'")
     return jnp.dtype(config[key])
+
+
+def check_statistics(found: Mapping[str, Any], expected: Any, where: str) -> None:
+    """A UserError unless a model's statistics have the shapes that a network needs."""
+    known = {name: found[name] for name in expected if name in found}
+    checkpoint.check(known, expected, f"the statistics of {where}")
+
+
+def check_width(net: Mapping[str, Any], where: str, tower: str = "") -> None:
+    """A UserError unless a transformer's width can be split over its heads."""
+    width, heads = net[f"{tower}width"], net[f"{tower}heads"]
+    if width % heads:
+        raise UserError(
+            f"{where}.{tower}heads is {heads}: must divide {tower}width={width}"
+        )
+
+
+def check_unet(network: UNet, where: str) -> None:
+    """A UserError unless a U-Net's channels can be split as its config says."""
+    try:
+        network.check_widths()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def check_side(side: int, network: UNet, where: str) -> None:
+    """A UserError unless a U-Net can work on pictures of that side."""
+    if side % network.unit:
+        raise UserError(
+            f"{where} is {side} px: must be a multiple of {network.unit}, which is "
+            "net.patch_size, doubled for each of net.multipliers after the first"
+        )
 
 
 def check_heads(net: Mapping[str, Any], tensor: int) -> None:

@@ -11,10 +11,11 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint
+from dalle2_jax import rules
 from dalle2_jax.data import degrade, image, tokenizer
-from dalle2_jax.diffusion import generate, sample, schedule, settings, tiles
+from dalle2_jax.diffusion import generate, sample, schedule, tiles
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn import build
 from dalle2_jax.nn.unet import UNet
 from dalle2_jax.parts import part
 from dalle2_jax.parts.component import (
@@ -31,10 +32,14 @@ from dalle2_jax.parts.component import (
 from dalle2_jax.parts.finetune import start_params
 from dalle2_jax.parts.part import Part, Sampler
 from dalle2_jax.parts.stage import (
+    DIFFUSION,
+    UNET,
     Batch,
     Load,
     Stage,
     add_part,
+    check_side,
+    check_unet,
     denoising_loss,
     dtype_of,
     load_models,
@@ -141,7 +146,7 @@ def _noise(upsampler: Component, randomness: Randomness) -> sample.Draw:
 # Training
 
 
-def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
+def make_stage(config: ConfigDict, load: Load) -> Stage:
     """The stage that ``configs/upsampler.py`` describes.
 
     No text, no guidance: the low-resolution picture, resized, is concatenated to the
@@ -149,7 +154,7 @@ def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
     """
     base, origin = load_models(config, load)
     net = arguments(config, None)
-    model = UNet(**net, dtype=dtype_of(config))
+    model = build.build(UNet, net, None, "config.net", dtype_of(config))
     diffusion = config.diffusion.to_dict()
     table = schedule.make(diffusion["schedule"], diffusion["steps"])
     size, low_size = config.size, config.low_size
@@ -231,7 +236,7 @@ def make_stage(config: ConfigDict, load: Load = checkpoint.load) -> Stage:
         preview=preview,
         batches=make_batches(config, {"image": size}, degrade=bsr),
         export=export,
-        start=start_params(config, origin, name, net, init),
+        start=start_params(config, origin, name, UNet, net, init),
     )
 
 
@@ -239,15 +244,53 @@ def _bsr(config: ConfigDict) -> Callable[..., np.ndarray] | None:
     """What degrades pictures on the host, or None: they are blurred on the device."""
     if config.degrade == "blur":
         return None
-    if config.degrade != "bsr":
-        raise UserError(f"degrade={config.degrade!r}: must be 'blur' or 'bsr'")
-    side = round(config.size * config.data.crop_fraction)
-    low_side = side * config.low_size // config.size
-    return partial(degrade.bsr, size=low_side, **config.bsr)
+    side = _low_side(config)
+    return partial(degrade.bsr, size=side, **config.bsr)
+
+
+def _side(config: ConfigDict) -> int:
+    """The side of the crops that are trained on."""
+    return round(config.size * config.data.crop_fraction)
+
+
+def _low_side(config: ConfigDict) -> int:
+    """And of what they are made of."""
+    return _side(config) * config.low_size // config.size
+
+
+def check(config: ConfigDict) -> None:
+    """Checks what an upsampler's config must agree on."""
+    if config.low_size >= config.size or config.size % config.low_size:
+        raise UserError(
+            f"config.low_size is {config.low_size}: must be below size={config.size}, "
+            "and divide it"
+        )
+    network = UNet(**config.net)
+    check_unet(network, "config.net")
+    check_side(config.size, network, "config.size")
+    check_side(_side(config), network, "config.size times data.crop_fraction")
+    if config.degrade == "blur" and _low_side(config) <= config.blur.kernel // 2:
+        raise UserError(
+            f"config.blur.kernel is {config.blur.kernel}: too large for pictures of "
+            f"{_low_side(config)} px"
+        )
+
+
+RULES = {
+    "net": UNET,
+    "diffusion": DIFFUSION,
+    "degrade": rules.one_of("blur", "bsr"),
+    "blur": {
+        "chance": rules.CHANCE,
+        "kernel": rules.whole(1, 99),
+        "sigma": rules.number(0.01, 100),
+    },
+    "bsr": degrade.RULES,
+}
 
 
 SAMPLER = Sampler(
-    {"round_low": settings.one_of(True, False)},
+    {"round_low": rules.one_of(True, False)},
     ("steps", "sampler"),
     make_sampling,
     count_steps,
@@ -261,6 +304,8 @@ PART = Part(
     arguments,
     make_stage,
     most_left=0.5,
+    rules=RULES,
+    check=check,
     makes="picture",
     sides=("size", "low_size"),
     sampler=SAMPLER,

@@ -1,48 +1,11 @@
-"""Whether what a file says makes a model: each part by itself, and all together."""
+"""Whether the parts of a model fit one another."""
 
-from typing import Any
-
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from dalle2_jax import checkpoint, tensors
-from dalle2_jax.diffusion import settings
 from dalle2_jax.errors import UserError, short
-from dalle2_jax.nn import abstract, build
-from dalle2_jax.parts import PARTS, part_of
+from dalle2_jax.parts import part_of
 from dalle2_jax.pipeline.models import Model
-
-
-def part(name: str, section: dict[str, Any], weights: tensors.Weights) -> None:
-    """Check a part of a model of this package before its weights are read.
-
-    Args:
-      name, section: of the part in config.json.
-      weights: of the part; only their shapes are looked at.
-
-    Raises:
-      UserError: the section makes no network, or one that the weights don't fit, or
-        says nothing sensible of how to sample from it.
-    """
-    where = f"{weights.where.parent / 'config.json'}: {name}"
-    own = part_of(name)
-    if own is None:
-        raise UserError(f"{where} is no part: must be one of {', '.join(PARTS)}")
-    network = build.build(
-        own.module, section.get("net"), weights.shapes, f"{where}.net"
-    )
-    shapes = {
-        name: jax.ShapeDtypeStruct(shape, np.float32)
-        for name, shape in weights.shapes.items()
-    }
-    checkpoint.check(shapes, abstract(network), weights.where)
-    if own.sampler is None or name.endswith("_last"):
-        return
-    if own.sampler.diffuses:
-        settings.check_part(section, where)
-    settings.check(section.get("sampling"), own.sampler.rules, f"{where}.sampling")
-    settings.check(section, dict.fromkeys(own.sides, settings.SIDE), where)
 
 
 def whole(model: Model) -> None:

@@ -64,8 +64,9 @@ def choose(
       limit: how many of its first examples to look at; None for all.
 
     Raises:
-      UserError: the rules need what is not there.
+      UserError: a limit is out of range, or the rules need what is not there.
     """
+    rules.check_limits(limits)
     pictures = any(getattr(limits, name) is not None for name in rules.OF_PICTURES)
     compares = any(getattr(limits, name) is not None for name in rules.OF_EMBEDDINGS)
     computes = compares and source.embedded is None

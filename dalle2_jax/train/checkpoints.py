@@ -16,12 +16,11 @@ from jax.experimental import multihost_utils
 
 from dalle2_jax import checkpoint, storage
 from dalle2_jax.errors import UserError, first_line
+from dalle2_jax.train import checksum
 
 # Without one of these a step can't be read: a copy was cut short, or a file deleted.
 FILES = ("config/metadata", "state/_METADATA", "state/manifest.ocdbt")
 _STEP = re.compile("0|[1-9][0-9]*")
-# What orbax raises of what it finds in a file.
-_DAMAGE = (ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class Run:
@@ -49,13 +48,8 @@ class Run:
             keep_every: steps that it divides stay, too; 0 for none.
 
         Raises:
-            UserError: a value is out of range, the directory can't be written, or has
-                incomplete steps only.
+            UserError: the directory can't be written, or has incomplete steps only.
         """
-        if keep < 1:
-            raise UserError(f"keep is {keep}: at least one checkpoint must be kept")
-        if keep_every < 0:
-            raise UserError(f"keep_every is {keep_every}: give steps, or 0 for none")
         self.directory = storage.url(directory) or str(Path(directory).absolute())
         self.notes: list[str] = []
         self._stack = contextlib.ExitStack()
@@ -82,6 +76,7 @@ class Run:
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "config": ocp.JsonCheckpointHandler(),
+                "checksums": ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -138,8 +133,15 @@ class Run:
         """
         if step == self.latest_step():
             return
+        config = dict(config)
+        sums = {
+            "state": checksum.of_state(state),
+            "config": checksum.of_json(config),
+        }
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(dict(config))
+            state=ocp.args.StandardSave(state),
+            config=ocp.args.JsonSave(config),
+            checksums=ocp.args.JsonSave(sums),
         )
         with self._writing():
             self._manager.save(step, args=args)
@@ -151,11 +153,11 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """The config that the latest step was saved with."""
-        args = ocp.args.Composite(config=ocp.args.JsonRestore())
         with self._reading() as step:
-            found = self._manager.restore(step, args=args).config
-            if not isinstance(found, dict):
-                raise ValueError("its config is not a JSON object")
+            found = self._json(step, "config")
+            sums = self._checksums(step)
+            if sums is not None and sums["config"] != checksum.of_json(found):
+                raise ValueError("its config is not the one that was saved")
             return found
 
     def shapes(self) -> Any:
@@ -171,7 +173,8 @@ class Run:
             changed: what `changes` found in the config, for the message.
 
         Raises:
-            UserError: names or shapes differ, or a file can't be read.
+            UserError: names or shapes differ, a file can't be read, or what it holds
+                is not what was saved, by its checksum.
         """
         found = self.shapes()
         try:
@@ -186,7 +189,30 @@ class Run:
             ) from None
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         with self._reading() as step:
-            return self._manager.restore(step, args=args).state
+            state = self._manager.restore(step, args=args).state
+            sums = self._checksums(step)
+            if sums is not None:
+                found = checksum.of_state(state)
+                changed = [k for k, v in found.items() if sums["state"].get(k) != v]
+                if changed:
+                    raise ValueError(
+                        "other values than were saved, in "
+                        f"{checkpoint.shorten(changed, 3)}"
+                    )
+            return state
+
+    def _json(self, step: int, item: str) -> dict[str, Any]:
+        args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+        found = self._manager.restore(step, args=args)[item]
+        if not isinstance(found, dict):
+            raise ValueError(f"its {item} is not a JSON object")
+        return found
+
+    def _checksums(self, step: int) -> dict[str, Any] | None:
+        """What `save` wrote; None of a checkpoint of version 0.1."""
+        if not (self._path / str(step) / "checksums").exists():
+            return None
+        return self._json(step, "checksums")
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes of a cluster are to save at this step and stop."""
@@ -208,7 +234,10 @@ class Run:
         step = self.latest_step()
         try:
             yield step
-        except _DAMAGE as error:
+        except (UserError, jax.errors.JaxRuntimeError):  # the latter as of memory
+            raise
+        # What orbax raises of what it finds in a file is of any kind.
+        except Exception as error:
             before = max(
                 (s for s in self._manager.all_steps() if s < step), default=None
             )

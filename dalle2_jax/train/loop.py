@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle2_jax import checkpoint, runtime
 from dalle2_jax.errors import UserError
-from dalle2_jax.train import checkpoints, cluster, measure, optim
+from dalle2_jax.nn.build import describing
+from dalle2_jax.train import checkpoints, cluster, measure, memory, optim, settings
 from dalle2_jax.train import mesh as meshes
 from dalle2_jax.train.log import Log
 from dalle2_jax.train.update import (
@@ -63,11 +64,12 @@ def train(
         SIGTERM or SIGINT, the state that was saved, with `step` below `config.steps`.
 
     Raises:
-        UserError: a config that can't be trained, a checkpoint of another model, a
+        UserError: a config that can't be trained, a state that doesn't fit the devices,
+            a checkpoint of another model, a
             workdir that can't be written, or a loss that is not finite. What fails in
             between, as the data, is raised when the step before it is saved.
     """
-    check_intervals(config)
+    settings.check(config)
     optimizer = optim.make(config.steps, **config.optim)
     mesh = meshes.make(**config.mesh)
     check_batch_size(config, mesh)
@@ -82,8 +84,11 @@ def train(
         )
         interrupted = stack.enter_context(_interruption(run))
 
-        # The state: a new one, or the latest that is complete on disk.
+        # What can't be is told before minutes of compiling.
         program = make_step(stage, config, mesh, optimizer)
+        memory.check(program.abstract, stage.frozen, mesh)
+
+        # The state: a new one, or the latest that is complete on disk.
         start = run.latest_step()
         if start is None:
             start, changes = 0, []
@@ -145,6 +150,8 @@ def train(
                     batch = next(data)
                 batch = meshes.put_batch(batch, mesh, config.accumulate)
                 if step == start + 1:
+                    with describing("the training step of this config"):
+                        update.trace(state, frozen, batch, np.int32(0))
                     log.least_s = measure.least_seconds(update, state, frozen, batch)
             state, values = take(state, frozen, batch, np.int32(step - 1))
             if not config.log_every:
@@ -309,9 +316,6 @@ def _count(params: Any) -> int:
 
 def check_batch_size(config: Any, mesh: Mesh) -> None:
     """A UserError where a micro-batch can't be split evenly over the mesh."""
-    for name in ("batch_size", "accumulate"):
-        if config[name] < 1:
-            raise UserError(f"{name}={config[name]} must be at least 1")
     devices = mesh.size // mesh.shape["tensor"]
     unit = config.accumulate * devices
     if config.batch_size % unit:
@@ -319,27 +323,4 @@ def check_batch_size(config: Any, mesh: Mesh) -> None:
             f"batch_size={config.batch_size} must be a multiple of {unit}, "
             f"accumulate={config.accumulate} times {devices}, the devices that each "
             "have rows of their own (mesh.data times mesh.fsdp)"
-        )
-
-
-def check_intervals(config: Any) -> None:
-    """A UserError where the loop's own numbers are out of range."""
-    for name in (
-        "seed",
-        "steps",
-        "log_every",
-        "eval_every",
-        "eval_batches",
-        "preview_every",
-        "save_every",
-    ):
-        most = 2**63 - 1 if name == "seed" else 2**31 - 1  # steps are counted in int32
-        if not 0 <= config[name] <= most:
-            raise UserError(f"{name}={config[name]} must be from 0 to {most:,}")
-    if not 0 <= config.ema_decay <= 1:
-        raise UserError(f"ema_decay={config.ema_decay} must be from 0 to 1")
-    if config.keep_every and config.keep_every % (config.save_every or np.inf):
-        raise UserError(
-            f"keep_every={config.keep_every} must be a multiple of save_every="
-            f"{config.save_every}: what isn't saved can't be kept"
         )

@@ -1,6 +1,5 @@
 """The optimiser: AdamW, Muon or Adafactor, with warm-up, a schedule and clipping."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, BFloat16, Float32
 
-from dalle2_jax.errors import UserError
+from dalle2_jax import rules
 
 NAMES = ("adamw", "muon", "adafactor")
 # What is left of the learning rate after a fraction p of the steps past warm-up.
@@ -16,6 +15,17 @@ SCHEDULES = {
     "constant": lambda p: jnp.ones_like(p),
     "cosine": lambda p: 0.5 * (1 + jnp.cos(jnp.pi * p)),
     "linear": lambda p: 1 - p,
+}
+RULES = {
+    "name": rules.one_of(*NAMES),
+    "schedule": rules.one_of(*SCHEDULES),
+    "warmup": rules.INTERVAL,
+    "b1": rules.number(0, 1, below=True),
+    "b2": rules.number(0, 1, below=True),
+    **dict.fromkeys(
+        ("learning_rate", "eps", "weight_decay", "clip_norm", "sam_rho"),
+        rules.number(0, 1e6),
+    ),
 }
 
 
@@ -60,21 +70,19 @@ def make(
     Raises:
         UserError: an unknown name or schedule, or a value that is out of range.
     """
-    if name not in NAMES:
-        raise UserError(f"optim.name is {name!r}: it must be one of {', '.join(NAMES)}")
-    for option, value in {
+    given = {
+        "name": name,
         "learning_rate": learning_rate,
+        "schedule": schedule,
         "warmup": warmup,
+        "b1": b1,
+        "b2": b2,
         "eps": eps,
         "weight_decay": weight_decay,
         "clip_norm": clip_norm,
         "sam_rho": sam_rho,
-    }.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"optim.{option} is {value}: it must be 0 or more, finite")
-    for option, value in {"b1": b1, "b2": b2}.items():
-        if not 0 <= value < 1:
-            raise UserError(f"optim.{option} is {value}: it must be from 0 to below 1")
+    }
+    rules.check(given, RULES, "config.optim")
     lr = rate(steps, learning_rate=learning_rate, schedule=schedule, warmup=warmup)
     if name == "adamw":
         optimizer = optax.adamw(
@@ -126,10 +134,6 @@ def rate(
     steps: int, *, learning_rate: float, schedule: str, warmup: int
 ) -> optax.Schedule:
     """The learning rate of each step, a function of the steps done before it."""
-    if schedule not in SCHEDULES:
-        raise UserError(
-            f"optim.schedule is {schedule!r}: it must be one of {', '.join(SCHEDULES)}"
-        )
 
     def at(count):
         ramp = jnp.minimum(1.0, (count + 1) / max(warmup, 1))
