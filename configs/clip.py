@@ -5,6 +5,7 @@
 tiny      for tests.
 small     a laptop: pictures of 64 px.
 base      the same for longer, in larger batches, on a GPU: the bundled model.
+styles    hours of a laptop: things in eight styles, see quickstart.py.
 paper     ViT-H/16 at 256 px, as in the appendix of arXiv 2204.06125.
 vit_l_14  OpenAI's ViT-L/14 at 224 px, which Karlo builds on, to be fine-tuned:
           --config.init_from=MODEL, a converted one.
@@ -63,6 +64,13 @@ SIZES = {
         "tokenizer": dict(captions=10_000),
         "shapes": dict(contrast=8),
     },
+    "styles": {
+        "net": _SMALL_NET,
+        "loop": dict(steps=3000, batch_size=256, eval_every=250, save_every=250),
+        "optim": dict(name="muon", warmup=200, weight_decay=0.3),
+        "tokenizer": dict(captions=20_000, vocab_size=2048),
+        "jitter": 0.15,
+    },
     "paper": {
         "net": dict(
             embed_dim=1024,
@@ -119,6 +127,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.update(values["loop"])
     config.optim.update(values["optim"])
     config.data.shapes.update(values.get("shapes", {}))
+    config.data.jitter = values.get("jitter", 0.0)
 
     config.net = ConfigDict({"activation": "gelu", **values["net"]})
     config.net.remat = size in ("paper", "vit_l_14")

@@ -70,7 +70,7 @@ def assert_equal(ours, theirs):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-CHANCE = {"crop": "random", "flip": True, "crop_fraction": 0.5}
+CHANCE = {"crop": "random", "flip": True, "jitter": 0.1, "crop_fraction": 0.5}
 
 
 @pytest.mark.parametrize("kind", ["numbers", "shapes"])

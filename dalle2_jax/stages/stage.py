@@ -220,6 +220,7 @@ def make_batches(
             crop_fraction=data.crop_fraction,
             degrade=degrade,
             flip=data.flip,
+            jitter=data.jitter,
             embeddings=embedded(split),
         )
         return batches.batches(
