@@ -105,7 +105,8 @@ def probe(features: np.ndarray, labels: np.ndarray, decay: float = 1e-3):
         return -(log_p * target).sum(1).mean() + decay / 2 * (w**2).sum(), grad.ravel()
 
     start = np.zeros(x.shape[1] * target.shape[1])
-    w = optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x
+    options = {"maxiter": 200}
+    w = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options).x
     w = w.reshape(x.shape[1], -1)
     return lambda f: (np.c_[(f - mean) / std, np.ones(len(f))] @ w).argmax(1)
 
@@ -116,7 +117,15 @@ def clip_features(data: Data, model) -> np.ndarray:
 
 def gradients_and_colours(data: Data) -> np.ndarray:
     """Histograms of oriented gradients in 8 × 8 cells, and the colours of 8 × 8."""
-    x = data.pictures.astype(np.float32) / 255
+    parts = np.array_split(data.pictures, 16)  # all at once would take 3 GB
+    gradients, colours = zip(*map(_gradients_and_colours, parts), strict=True)
+    colours = np.concatenate(colours)
+    colours = unit(colours - colours.mean(0))
+    return np.concatenate([unit(np.concatenate(gradients)), colours], 1)
+
+
+def _gradients_and_colours(pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x = pictures.astype(np.float32) / 255
     gray = x.mean(-1)
     dy, dx = np.gradient(gray, axis=(1, 2))
     size, angle = np.hypot(dx, dy), np.arctan2(dy, dx) % np.pi
@@ -129,12 +138,7 @@ def gradients_and_colours(data: Data) -> np.ndarray:
     hog = np.stack(cells, -1)
     hog /= np.linalg.norm(hog, axis=-1, keepdims=True) + 0.5
     colours = x.reshape(len(x), 8, 8, 8, 8, 3).mean((2, 4))
-    return np.concatenate([unit(hog.reshape(len(x), -1)), unit_rows(colours)], 1)
-
-
-def unit_rows(x: np.ndarray) -> np.ndarray:
-    x = x.reshape(len(x), -1)
-    return unit(x - x.mean(0))
+    return hog.reshape(len(x), -1), colours.reshape(len(x), -1)
 
 
 def efficientnet(data: Data) -> np.ndarray:

@@ -69,7 +69,7 @@ SIZES = {
         "loop": dict(steps=3000, batch_size=256, eval_every=250, save_every=250),
         "optim": dict(name="muon", warmup=200, weight_decay=0.3),
         "tokenizer": dict(captions=20_000, vocab_size=2048),
-        "jitter": 0.15,
+        "data": dict(jitter=0.15, block=4),
     },
     "paper": {
         "net": dict(
@@ -127,7 +127,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.update(values["loop"])
     config.optim.update(values["optim"])
     config.data.shapes.update(values.get("shapes", {}))
-    config.data.jitter = values.get("jitter", 0.0)
+    config.data.update(values.get("data", {}))
 
     config.net = ConfigDict({"activation": "gelu", **values["net"]})
     config.net.remat = size in ("paper", "vit_l_14")

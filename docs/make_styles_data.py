@@ -3,13 +3,16 @@
     python docs/make_styles_data.py SHARDS OUT
 
 SHARDS are webdataset tars of 128 px pictures, each with the captions
-["THING in the style of STYLE", "THING"]. OUT gets the same tars at 64 px, in OUT/64,
-which all stages but the upsampler can train on, and two lists for --config.data.keep
-that fit both sizes:
+["THING in the style of STYLE", "THING"]. Writes:
 
-heldout.jsonl  one in 20 pairs of a thing and a style, by a hash of both.
-train.jsonl    all others but the pictures that look like a held-out one: some things
-               have two names and one picture.
+OUT/128            all pictures in tars, those of one thing beside each other, for
+                   --config.data.block. The longer caption is there three times, and so
+                   is chosen three times as often.
+OUT/64             the same at 64 px, for all stages but the upsampler.
+OUT/heldout.jsonl  for --config.data.keep: one in 20 pairs of a thing and a style, by a
+                   hash of both.
+OUT/train.jsonl    all others but the pictures that look like a held-out one: some
+                   things have two names and one picture.
 """
 
 import io
@@ -17,7 +20,6 @@ import json
 import sys
 import tarfile
 import zlib
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -26,29 +28,53 @@ from PIL import Image
 from dalle2_jax.data import image
 from dalle2_jax.data.sources import open_all
 
-SIZE = 64
+SHARDS = 8
 EVERY = 20
 # Root mean square of the difference at 32 px, of 0 to 1, below which two are alike.
 ALIKE = 0.015
 
 
 def main(shards: str, out: str) -> None:
-    folder = Path(out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     source = open_all("webdataset", shards)
     examples = [source[i] for i in range(len(source))]
-    rows = [row(example) for example in examples]
-    write_lists(rows, small(examples), folder)
-    write_shards(examples, folder / str(SIZE))
+    for example in examples:
+        thing, style = example["caption"][0].split(" in the style of ")
+        example |= {"thing": thing, "style": style}
+    # A thing's styles in any order, so that each is beside each of the others.
+    examples.sort(key=lambda e: (e["thing"], hash_of(e["thing"], e["style"])))
+    for i, example in enumerate(examples):
+        shard = f"styles-{i * SHARDS // len(examples):05d}.tar"
+        example |= {"shard": shard, "name": example["key"].split(":", 1)[1]}
+    folder = Path(out).expanduser()
+    for size in (64, 128):
+        write_shards(examples, folder / str(size), size)
+    write_lists(examples, folder)
 
 
-def row(example: dict) -> dict[str, str]:
-    thing, style = example["caption"][0].split(" in the style of ")
-    return {"key": example["key"], "thing": thing, "style": style}
+def write_lists(examples: list[dict], folder: Path) -> None:
+    hashes = np.array([hash_of(e["thing"], e["style"]) for e in examples])
+    held_out = hashes % EVERY == 0
+    pictures = small(examples)
+    squares = np.square(pictures).sum(1)
+    products = pictures @ pictures[held_out].T
+    apart = (squares[:, None] + squares[held_out] - 2 * products) / pictures.shape[1]
+    lists = {"heldout": held_out, "train": apart.min(1) >= ALIKE**2}
+    for name, chosen in lists.items():
+        lines = [line(examples[i]) for i in np.flatnonzero(chosen)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+        print(f"{name}: {len(lines)} pictures")
+    print(f"left out, as they look like a held-out one: {sum(~held_out & ~chosen)}")
 
 
-def is_held_out(thing: str, style: str) -> bool:
-    return zlib.crc32(f"{thing}\t{style}".encode()) % EVERY == 0
+def hash_of(thing: str, style: str) -> int:
+    return zlib.crc32(f"{thing}\t{style}".encode())
+
+
+def line(example: dict) -> str:
+    key = f"{example['shard']}:{example['name']}"
+    return (
+        json.dumps({"key": key, **{k: example[k] for k in ("thing", "style")}}) + "\n"
+    )
 
 
 def small(examples: list[dict]) -> np.ndarray:
@@ -57,39 +83,26 @@ def small(examples: list[dict]) -> np.ndarray:
     return np.stack(pictures).reshape(len(examples), -1).astype(np.float32) / 255
 
 
-def write_lists(rows: list[dict], pictures: np.ndarray, folder: Path) -> None:
-    held_out = np.array([is_held_out(row["thing"], row["style"]) for row in rows])
-    squares = np.square(pictures).sum(1)
-    products = pictures @ pictures[held_out].T
-    apart = (squares[:, None] + squares[held_out] - 2 * products) / pictures.shape[1]
-    nearest = apart.min(1)
-    lists = {"heldout": held_out, "train": nearest >= ALIKE**2}
-    for name, chosen in lists.items():
-        lines = [json.dumps(rows[i]) + "\n" for i in np.flatnonzero(chosen)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-        print(f"{name}: {len(lines)} pictures")
-    print(f"left out, as they look like a held-out one: {sum(~held_out & ~chosen)}")
-
-
-def write_shards(examples: list[dict], folder: Path) -> None:
-    """Writes the pictures at SIZE, in tars of the names that the keys tell."""
-    shards = defaultdict(list)
-    for example in examples:
-        shard, key = example["key"].split(":", 1)
-        shards[shard].append((key, example))
-    folder.mkdir(exist_ok=True)
-    for shard, members in shards.items():
+def write_shards(examples: list[dict], folder: Path, size: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in dict.fromkeys(example["shard"] for example in examples):
         with tarfile.open(folder / shard, "w") as tar:
-            for key, example in members:
-                add(tar, f"{key}.webp", encode(image.square(example["image"], SIZE)))
-                captions = {"caption": example["caption"]}
-                add(tar, f"{key}.json", json.dumps(captions).encode())
-    print(f"{len(shards)} shards of {SIZE} px in {folder}")
+            for example in examples:
+                if example["shard"] == shard:
+                    add(tar, f"{example['name']}.webp", resize(example["image"], size))
+                    full, bare = example["caption"]
+                    captions = json.dumps({"caption": [full] * 3 + [bare]})
+                    add(tar, f"{example['name']}.json", captions.encode())
+    print(f"{size} px: {len(examples)} pictures in {folder}")
 
 
-def encode(picture: np.ndarray) -> bytes:
+def resize(content: bytes, size: int) -> bytes:
+    """The file of the picture at a size; itself if it has it."""
+    if Image.open(io.BytesIO(content)).size == (size, size):
+        return content
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, format="WEBP", quality=90, method=6)
+    picture = Image.fromarray(image.square(content, size))
+    picture.save(file, format="WEBP", quality=90, method=4)
     return file.getvalue()
 
 
