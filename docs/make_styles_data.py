@@ -71,10 +71,12 @@ def hash_of(thing: str, style: str) -> int:
 
 
 def line(example: dict) -> str:
-    key = f"{example['shard']}:{example['name']}"
-    return (
-        json.dumps({"key": key, **{k: example[k] for k in ("thing", "style")}}) + "\n"
-    )
+    fields = {
+        "key": f"{example['shard']}:{example['name']}",
+        "thing": example["thing"],
+        "style": example["style"],
+    }
+    return json.dumps(fields) + "\n"
 
 
 def small(examples: list[dict]) -> np.ndarray:
