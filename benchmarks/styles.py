@@ -26,7 +26,6 @@ from scipy import optimize, special
 import dalle2_jax
 from dalle2_jax.data import image
 from dalle2_jax.data.sources import open_all
-from dalle2_jax.train.cache import use_compilation_cache
 
 ALIKE = 0.015  # as docs/make_styles_data.py
 TOP = (1, 5, 10)
@@ -252,7 +251,6 @@ if __name__ == "__main__":
     parser.add_argument("--large", default="", help="the tars of 128 px")
     parser.add_argument("--model", help="with a CLIP")
     arguments = parser.parse_args()
-    use_compilation_cache()
     data = Data(arguments.data, arguments.large)
     model = arguments.model and dalle2_jax.load_clip(arguments.model)
     for name in arguments.what:
