@@ -5,6 +5,7 @@
 
 tiny        for tests.
 small       a laptop: the bundled model's.
+styles      a laptop: things in eight styles, see quickstart.py.
 paper       the 1B autoregressive prior of Table 3 of arXiv 2204.06125: its latent
             decoder, which reads CLIP's text states. There is no text encoder beside it.
 
@@ -31,6 +32,15 @@ SIZES = {
             width=128, layers=4, heads=4, components=16, buckets=64, dot_products=16
         ),
         "loop": dict(steps=4000, batch_size=64),
+        "optim": dict(name="muon", warmup=200),
+        "statistics_examples": 8192,
+        "sampling": dict(guidance=1.0),
+    },
+    "styles": {
+        "net": dict(
+            width=128, layers=4, heads=4, components=32, buckets=64, dot_products=16
+        ),
+        "loop": dict(steps=6000, batch_size=128),
         "optim": dict(name="muon", warmup=200),
         "statistics_examples": 8192,
         "sampling": dict(guidance=1.0),
@@ -79,7 +89,7 @@ def get_config(size: str = "small") -> ConfigDict:
 
     config.net = ConfigDict(values["net"])
     config.net.activation = "gelu"
-    config.net.remat = size not in ("tiny", "small")
+    config.net.remat = size == "paper"
     config.sampling = ConfigDict(values["sampling"])
     config.sampling.temperature = 1.0  # 0 takes the likeliest codes
     config.sampling.candidates = 1  # embeddings of which the one that fits best is kept

@@ -5,6 +5,7 @@
 tiny      for tests.
 small     a laptop: pictures of 64 px.
 base      the same for longer, in larger batches, on a GPU: the bundled model.
+styles    hours of a laptop: things in eight styles, see quickstart.py.
 paper     ViT-H/16 at 256 px, as in the appendix of arXiv 2204.06125.
 vit_l_14  OpenAI's ViT-L/14 at 224 px, which Karlo builds on, to be fine-tuned:
           --config.init_from=MODEL, a converted one.
@@ -62,6 +63,13 @@ SIZES = {
         "optim": dict(warmup=200),
         "tokenizer": dict(captions=10_000),
         "shapes": dict(contrast=8),
+    },
+    "styles": {
+        "net": _SMALL_NET,
+        "loop": dict(steps=3000, batch_size=256, eval_every=250, save_every=250),
+        "optim": dict(name="muon", warmup=200, weight_decay=0.3),
+        "tokenizer": dict(captions=20_000, vocab_size=2048),
+        "data": dict(jitter=0.15, block=4),
     },
     "paper": {
         "mesh": dict(fsdp=8),  # what docs/plan.md finds to fit
@@ -121,6 +129,7 @@ def get_config(size: str = "small") -> ConfigDict:
     config.optim.update(values["optim"])
     config.mesh.update(values.get("mesh", {}))
     config.data.shapes.update(values.get("shapes", {}))
+    config.data.update(values.get("data", {}))
 
     config.net = ConfigDict({"activation": "gelu", **values["net"]})
     config.net.remat = size in ("paper", "vit_l_14")

@@ -48,6 +48,8 @@ def common(stage: str) -> ConfigDict:
     config.data.crop = "center"  # how a picture is made square: center or random
     config.data.crop_fraction = 1.0  # of the side, for training on crops
     config.data.flip = False  # horizontally, at random
+    config.data.jitter = 0.0  # up to how much pictures are scaled, turned and moved
+    config.data.block = 1  # neighbours of the source that stay together in a batch
     config.data.threads = 4
     config.data.workers = 0  # processes that make batches, with those threads each
     # What each source takes; holdout is the fraction kept for metrics.

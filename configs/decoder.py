@@ -8,6 +8,7 @@ quick       minutes of a laptop, for simple pictures: 16 px.
 small       a laptop: 32 px.
 small_inpaint  the same, which is also shown a part of the picture: it can inpaint.
 base        minutes on a GPU: 32 px, the bundled model.
+styles      a night of a laptop: 32 px, things in eight styles, see quickstart.py.
 paper       the 3.5B decoder of Table 3 of arXiv 2204.06125: 64 px.
 karlo       Karlo's, to be fine-tuned: --config.init_from=MODEL, a converted Karlo.
 karlo_lean  the same in far less memory: the middle and the way up.
@@ -68,6 +69,28 @@ _SMALL = {
     "drop_caption": 0.3,
 }
 
+_BASE = {
+    "size": 32,
+    "unet": dict(
+        channels=64,
+        multipliers=(1, 2),
+        blocks=2,
+        out_channels=3,
+        attention_levels=(1,),
+        head_channels=64,
+        dropout=0.0,
+        groups=16,
+        patch_size=2,
+    ),
+    "text_encoder": None,
+    "context_width": 128,
+    "loop": dict(steps=9000, batch_size=512, dtype="bfloat16"),
+    "optim": dict(name="muon", warmup=200),
+    "diffusion": _DIFFUSION,
+    "sampling": dict(steps=25, guidance=2.0),
+    "drop_caption": 0.3,
+}
+
 SIZES = {
     "tiny": {
         "size": 16,
@@ -106,26 +129,11 @@ SIZES = {
     },
     "small": _SMALL,
     "small_inpaint": {**_SMALL, "unet": {**_SMALL["unet"], "in_channels": 7}},
-    "base": {
-        "size": 32,
-        "unet": dict(
-            channels=64,
-            multipliers=(1, 2),
-            blocks=2,
-            out_channels=3,
-            attention_levels=(1,),
-            head_channels=64,
-            dropout=0.0,
-            groups=16,
-            patch_size=2,
-        ),
-        "text_encoder": None,
-        "context_width": 128,
-        "loop": dict(steps=9000, batch_size=512, dtype="bfloat16"),
-        "optim": dict(name="muon", warmup=200),
-        "diffusion": _DIFFUSION,
-        "sampling": dict(steps=25, guidance=2.0),
-        "drop_caption": 0.3,
+    "base": _BASE,
+    "styles": {
+        **_BASE,
+        "loop": dict(steps=20_000, batch_size=64, save_every=250),
+        "sampling": dict(steps=50, guidance=2.0),
     },
     "paper": {
         "mesh": dict(fsdp=16),  # what docs/plan.md finds to fit

@@ -6,6 +6,7 @@
 tiny        for tests.
 small       a laptop.
 base        minutes on a GPU: the bundled model.
+styles      a laptop: things in eight styles, see quickstart.py.
 paper       the 1B diffusion prior of Table 3 of arXiv 2204.06125.
 karlo       Karlo's, to be fine-tuned: --config.init_from=MODEL, a converted Karlo.
 karlo_lean  the same in far less memory: the upper half of the blocks.
@@ -44,6 +45,13 @@ SIZES = {
         "net": dict(width=192, layers=6, heads=6),
         "loop": dict(steps=6000, batch_size=256),
         "optim": dict(warmup=200),
+        "statistics_examples": 8192,
+        "sampling": dict(steps=25, guidance=1.0),
+    },
+    "styles": {
+        "net": dict(width=192, layers=4, heads=6),
+        "loop": dict(steps=8000, batch_size=128),
+        "optim": dict(name="muon", warmup=200),
         "statistics_examples": 8192,
         "sampling": dict(steps=25, guidance=1.0),
     },
@@ -86,7 +94,7 @@ def get_config(size: str = "small") -> ConfigDict:
 
     config.net = ConfigDict(values["net"])
     config.net.activation = "gelu"
-    config.net.remat = size not in ("tiny", "small", "base")
+    config.net.remat = size.startswith(("karlo", "paper"))
     config.diffusion = diffusion(predict="x0", variance="fixed_small")
     config.sampling = sampling(**{"clip": 10.0, **values["sampling"]})
     # Embeddings for each picture, of which the one that fits its caption best is kept.

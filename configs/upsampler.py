@@ -6,6 +6,7 @@
 tiny        for tests: 16 to 32 px.
 quick       minutes of a laptop: 16 to 64 px.
 small       a laptop: 32 to 128 px.
+styles      the same for longer: things in eight styles, see quickstart.py.
 paper_256   the 700M 64 to 256 px model of Table 3 of arXiv 2204.06125.
 paper_1024  the 300M 256 to 1024 px model.
 karlo       Karlo's 64 to 256 px, to be fine-tuned: --config.init_from=MODEL, a
@@ -88,6 +89,7 @@ SIZES = {
         "loop": dict(steps=150, batch_size=32),
     },
     "small": _SMALL,
+    "styles": {**_SMALL, "loop": dict(steps=8000, batch_size=32)},
     "paper_256": {
         "mesh": dict(fsdp=2),  # what docs/plan.md finds to fit
         "low_size": 64,

@@ -29,28 +29,33 @@ PARAMETERS = {
     ("clip", "tiny"): 1_641_601,
     ("clip", "small"): 7_468_801,
     ("clip", "base"): 7_468_801,
+    ("clip", "styles"): 7_468_801,
     ("clip", "paper"): 986_523_137,
     ("clip", "vit_l_14"): 427_616_513,
     ("prior", "tiny"): 32_736,
     ("prior", "small"): 896_128,
     ("prior", "base"): 2_848_256,
+    ("prior", "styles"): 1_958_528,
     ("prior", "paper"): 1_225_925_632,
     ("prior", "karlo"): 1_022_028_544,
     ("prior", "karlo_lean"): 1_022_028_544,
     ("ar_prior", "tiny"): 29_936,
     ("ar_prior", "small"): 850_112,
+    ("ar_prior", "styles"): 852_160,
     ("ar_prior", "paper"): 805_849_600,
     ("decoder", "tiny"): 1_822_355,
     ("decoder", "quick"): 1_009_507,
     ("decoder", "small"): 2_094_972,
     ("decoder", "small_inpaint"): 2_101_884,
     ("decoder", "base"): 4_946_316,
+    ("decoder", "styles"): 4_946_316,
     ("decoder", "paper"): 3_567_897_094,
     ("decoder", "karlo"): 885_439_686 + 7_878_400,
     ("decoder", "karlo_lean"): 885_439_686 + 7_878_400,
     ("upsampler", "tiny"): 175_587,
     ("upsampler", "quick"): 703_020,
     ("upsampler", "small"): 703_020,
+    ("upsampler", "styles"): 703_020,
     ("upsampler", "paper_256"): 691_579_523,
     ("upsampler", "paper_1024"): 267_146_691,
     ("upsampler", "karlo"): 691_579_523,
@@ -256,16 +261,21 @@ def test_every_key_is_read():
 @pytest.mark.parametrize(
     "size, rows",
     [
-        ("tiny", ["tiny", "tiny", "tiny", "tiny"]),
-        ("quick", ["small", "small", "quick", "quick"]),
-        ("small", ["small", "small", "small", "small"]),
+        ("tiny", dict.fromkeys(QUICKSTART, "tiny")),
+        (
+            "quick",
+            dict(clip="small", prior="small", decoder="quick", upsampler="quick"),
+        ),
+        ("small", dict.fromkeys(QUICKSTART, "small")),
+        ("styles", dict.fromkeys(STAGES, "styles")),
     ],
 )
 def test_the_quick_start_trains_every_stage_at_its_size(size, rows):
     config = module("quickstart").get_config(size)
-    assert list(config.stages) == QUICKSTART
-    for stage, row in zip(QUICKSTART, rows, strict=True):
+    assert list(config.stages) == list(rows)
+    for stage, row in rows.items():
         expected = module(stage).get_config(row)
+        expected.data.source = config.data.source
         expected.steps = config[stage].steps
         expected.optim.warmup = config[stage].optim.warmup
         assert config[stage].to_dict() == expected.to_dict()
@@ -275,15 +285,18 @@ def test_the_quick_start_trains_every_stage_at_its_size(size, rows):
 @pytest.mark.parametrize(
     "stage, sizes",
     [
-        ("clip", "tiny, small, base, paper, vit_l_14"),
-        ("prior", "tiny, small, base, paper, karlo, karlo_lean"),
-        ("ar_prior", "tiny, small, paper"),
+        ("clip", "tiny, small, base, styles, paper, vit_l_14"),
+        ("prior", "tiny, small, base, styles, paper, karlo, karlo_lean"),
+        ("ar_prior", "tiny, small, styles, paper"),
         (
             "decoder",
-            "tiny, quick, small, small_inpaint, base, paper, karlo, karlo_lean",
+            "tiny, quick, small, small_inpaint, base, styles, paper, karlo, karlo_lean",
         ),
-        ("upsampler", "tiny, quick, small, paper_256, paper_1024, karlo, karlo_lean"),
-        ("quickstart", "tiny, quick, small"),
+        (
+            "upsampler",
+            "tiny, quick, small, styles, paper_256, paper_1024, karlo, karlo_lean",
+        ),
+        ("quickstart", "tiny, quick, small, styles"),
     ],
 )
 def test_an_unknown_size_names_the_sizes(stage, sizes):

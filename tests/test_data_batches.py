@@ -72,7 +72,7 @@ def assert_equal(ours, theirs):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-CHANCE = {"crop": "random", "flip": True, "crop_fraction": 0.5}
+CHANCE = {"crop": "random", "flip": True, "jitter": 0.1, "crop_fraction": 0.5}
 
 
 @pytest.mark.parametrize("kind", ["numbers", "shapes"])
@@ -98,6 +98,26 @@ def test_resumes_at_any_step():
     whole = take(6, source, **CHANCE)
     for step in (1, 4):
         assert_equal(take(6 - step, source, **CHANCE, step=step), whole[step:])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_block_of_neighbours_stays_together(processes):
+    source = numbered(10)
+    given = {"batch_size": 8, "block": 4, **CHANCE}
+    whole = take(3, source, **given)
+    found = sum(map(numbers, whole), [])
+    groups = [tuple(found[i : i + 4]) for i in range(0, len(found), 4)]
+    neighbours = {(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 0, 1)}  # the last ones wrap around
+    assert set(groups[:3]) == set(groups[3:]) == neighbours
+    assert groups[:3] != groups[3:]
+    parts = [
+        take(3, source, **given, process_index=i, process_count=processes)
+        for i in range(processes)
+    ]
+    joined = [
+        sum((numbers(part) for part in rows), []) for rows in zip(*parts, strict=True)
+    ]
+    assert joined == [numbers(batch) for batch in whole]
 
 
 def test_batches_of_one_are_the_rows_of_larger_ones():
@@ -265,6 +285,7 @@ def test_all_bad_is_an_error():
     ("options", "message"),
     [
         ({"process_count": 3}, "a batch of 8 does not divide by 3 processes"),
+        ({"block": 3}, "block is 3: it must divide the 8 rows of a process"),
         ({"seed": -1}, "seed is -1: must be"),
         ({"workers": -1}, "workers is -1"),
         ({"crop": "top"}, "crop is 'top': must be one of center, random"),

@@ -89,7 +89,9 @@ def test_batches_have_them_with_the_tokens_of_the_caption(tmp_path):
             )
     with pytest.raises(UserError, match="has pictures of 8 px, and 16 px are needed"):
         batches(source, None, Rows({"image": 16}), **given)
-    with pytest.raises(UserError, match='crop must be "center" and flip False'):
+    with pytest.raises(
+        UserError, match='crop must be "center", flip False and jitter 0'
+    ):
         batches(source, None, Rows({}, crop="random", embeddings=True), **given)
 
 

@@ -348,6 +348,33 @@ def test_crop_resize_is_antialiased():
     assert (one == (255, 0, 0)).all()
 
 
+@pytest.mark.parametrize(
+    ("placing", "expected"),
+    [
+        ([[1, 0, 0], [0, 1, 0]], lambda x, white: x),
+        ([[0, -1, 0], [1, 0, 0]], lambda x, white: np.rot90(x)),
+        (
+            [[1, 0, 0.25], [0, 1, 0]],
+            lambda x, white: np.concatenate([x[:, 2:], white[:, :2]], axis=1),
+        ),
+    ],
+)
+def test_move(placing, expected):
+    x = np.random.default_rng(0).integers(256, size=(8, 8, 3)).astype(np.uint8)
+    moved = image.move(x, np.array(placing, float))
+    np.testing.assert_array_equal(moved, expected(x, np.full_like(x, 255)))
+
+
+def test_place_at_random_keeps_to_the_amount():
+    rng = np.random.default_rng(0)
+    maps = np.stack([image.place_at_random(0.2, rng) for _ in range(500)])
+    scale = np.sqrt(np.linalg.det(maps[:, :, :2]))
+    assert np.exp(-0.2) < scale.min() < 0.83 and 1.2 < scale.max() < np.exp(0.2)
+    angle = np.arctan2(maps[:, 1, 0], maps[:, 0, 0])
+    assert 0.19 < np.abs(angle).max() < 0.2
+    assert 0.095 < np.abs(maps[:, :, 2]).max() < 0.1
+
+
 # Resizing and blurring
 
 

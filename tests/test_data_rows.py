@@ -56,6 +56,28 @@ def test_all_pictures_of_a_row_are_of_one_square():
         np.testing.assert_allclose(row["small"], np.asarray(small, int), atol=8)
 
 
+def test_jitter_moves_all_pictures_of_a_row_alike():
+    """A white picture with a black middle: the middle is moved, and nothing else."""
+    picture = np.full((32, 32, 3), 255, np.uint8)
+    picture[12:20, 12:20] = 0
+    example = {"key": "a", "image": Image.fromarray(picture), "caption": "a"}
+    rows = Rows({"image": 32, "small": 16}, jitter=0.2)
+    places = []
+    for position in range(50):
+        row = rows.make(example, (3, position))
+        dark = 255 - row["image"][..., 0].astype(float)
+        small = 255 - row["small"][..., 0].astype(float)
+        where = [
+            np.average(np.arange(n) + 0.5, weights=d.sum(0)) / n
+            for n, d in ((32, dark), (16, small))
+        ]
+        assert where[0] == pytest.approx(where[1], abs=0.02)
+        places.append((where[0], dark.sum() / 255 / 64))
+    places, areas = np.transpose(places)
+    assert 0.37 < places.min() < 0.43 and 0.57 < places.max() < 0.63
+    assert 0.6 < areas.min() < 0.8 and 1.25 < areas.max() < 1.6  # exp(∓0.4)
+
+
 def test_what_degrades_sees_the_part():
     def degrade(picture, rng):
         return picture[::2, ::2]
@@ -85,6 +107,7 @@ def test_a_picture_that_cannot_be_read():
         ({"crop": "top"}, "crop is 'top': must be one of center, random"),
         ({"crop_fraction": 0.0}, "crop_fraction is 0.0"),
         ({"crop_fraction": 1.5}, "crop_fraction is 1.5"),
+        ({"jitter": 1.0}, "jitter is 1.0; it is from 0 to below 1"),
     ],
 )
 def test_errors_say_what_is_wrong(options, message):

@@ -173,7 +173,9 @@ def test_embeddings_that_do_not_fit(clip, folder, embedded, tiny_models, tmp_pat
     (other / "metadata.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match=r"are of another CLIP than .*\n?--model$"):
         batches("prior", other)
-    with pytest.raises(UserError, match='crop must be "center" and flip False'):
+    with pytest.raises(
+        UserError, match='crop must be "center", flip False and jitter 0'
+    ):
         batches("prior", **{"data.flip": True})
     with pytest.raises(UserError, match="has pictures of 16 px, and 32 px are needed"):
         batches("decoder", size=32)

@@ -24,7 +24,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 TRIES = 100  # examples in a row that may be bad
-RULES = {"threads": rules.whole(0, 1024), "workers": rules.whole(0, 1024)}
+RULES = {
+    "threads": rules.whole(0, 1024),
+    "workers": rules.whole(0, 1024),
+    "block": rules.COUNT,
+}
 
 
 class Batches:
@@ -62,6 +66,7 @@ def batches(
     batch_size: int,
     seed: int,
     context_length: int | None = None,
+    block: int = 1,
     step: int = 0,
     captions: bool = False,
     threads: int = 4,
@@ -78,9 +83,11 @@ def batches(
         tokens    int32 [b, context_length], unless tokenizer is None
         caption   list of b str, if `captions`
         z_image   float32 [b, d], if `rows` have embeddings
-    Each epoch is in a new order, but endless sources come as they are. Each of
-    `workers` processes makes whole batches with that many `threads`; without any, this
-    one does. (Decoding leaves Python to the other threads, drawing `shapes` does not.)
+    Each epoch is in a new order, but endless sources come as they are. Every `block`
+    neighbours of the source stay together, for a loss that compares the examples of a
+    batch. Each of `workers` processes makes whole batches with that many `threads`;
+    without any, this one does. (Decoding leaves Python to the other threads, drawing
+    `shapes` does not.)
 
     An unusable example is replaced by another one, counted in `.report()`, and logged
     once for each reason. Raises UserError if 100 in a row are unusable, or if a worker
@@ -95,7 +102,13 @@ def batches(
     if len(source) == 0:
         raise UserError(f"{source.name} has no examples")
     rules.check({"seed": seed}, {"seed": rules.SEED}, "batches")
-    rules.check({"threads": threads, "workers": workers}, RULES, "data")
+    values = {"threads": threads, "workers": workers, "block": block}
+    rules.check(values, RULES, "data")
+    local = batch_size // process_count
+    if local % block:
+        raise UserError(
+            f"data.block is {block}: it must divide the {local} rows of a process"
+        )
     rows.check(source)
 
     def load(position: int, index: int) -> tuple[dict, list[BadExample]]:
@@ -113,8 +126,14 @@ def batches(
             f"{skipped[-1]}"
         )
 
-    def collate(loaded) -> tuple[dict, list[BadExample]]:
-        made, skipped = zip(*loaded, strict=True)
+    def load_block(position: int, index: int) -> list[tuple[dict, list[BadExample]]]:
+        first = index * block
+        return [
+            load(position * block + i, (first + i) % len(source)) for i in range(block)
+        ]
+
+    def collate(blocks) -> tuple[dict, list[BadExample]]:
+        made, skipped = zip(*(row for rows in blocks for row in rows), strict=True)
         texts = [row.pop("caption") for row in made]
         try:
             batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
@@ -130,15 +149,16 @@ def batches(
             batch["caption"] = texts
         return batch, [bad for bads in skipped for bad in bads]
 
-    indices = grain.MapDataset.range(len(source))
+    blocks = -(-len(source) // block)
+    indices = grain.MapDataset.range(blocks)
     if not source.endless:
         indices = indices.shuffle(seed=seed % 2**32)  # all that grain takes
     # Whole local batches are dealt out to the processes, so that the rows of all of
     # them, one after the other, are the batch that one process alone would have.
     dataset = (
-        indices.repeat(2**62 // len(source))  # for ever is too long to be sliced
-        .map_with_index(load)
-        .batch(batch_size // process_count, batch_fn=collate)
+        indices.repeat(2**62 // blocks)  # for ever is too long to be sliced
+        .map_with_index(load_block)
+        .batch(local // block, batch_fn=collate)
     )[step * process_count + process_index :: process_count]
     dataset = dataset.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

@@ -352,6 +352,42 @@ def resize_square(
     return np.array(picture)
 
 
+def place_at_random(
+    amount: float, rng: np.random.Generator
+) -> Float[np.ndarray, "2 3"]:
+    """Draw the scale, the angle and the shift of a picture, for `move`.
+
+    The scale is between exp(-amount) and exp(amount), the angle is at most `amount`
+    radians, and the shift at most `amount` / 2 of the side along each axis.
+
+    Returns:
+      The affine map from a point of the new picture to one of the old. Both have their
+      origin in the middle, and their side as the unit.
+    """
+    log_scale, angle, *shift = rng.uniform(-amount, amount, 4)
+    cos, sin = np.cos(angle) * np.exp(log_scale), np.sin(angle) * np.exp(log_scale)
+    return np.array([[cos, -sin, shift[0] / 2], [sin, cos, shift[1] / 2]])
+
+
+def move(
+    picture: UInt8[np.ndarray, "s s 3"], placing: Float[np.ndarray, "2 3"]
+) -> UInt8[np.ndarray, "s s 3"]:
+    """Return the picture placed as `place_at_random` says, on white."""
+    side, linear = len(picture), placing[:, :2]
+    # Pillow's origin is the corner, and its unit the pixel.
+    offset = side * (placing[:, 2] + 0.5 - linear @ [0.5, 0.5])
+    (a, b), (d, e) = linear
+    return np.array(
+        Image.fromarray(picture).transform(
+            (side, side),
+            Image.Transform.AFFINE,
+            (a, b, offset[0], d, e, offset[1]),
+            Image.Resampling.BICUBIC,
+            fillcolor="white",
+        )
+    )
+
+
 def square(source: Any, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """The middle square of what `read` takes, at a size."""
     return crop_resize(read(source), size)

@@ -15,6 +15,7 @@ RULES = {
     "crop": one_of(*images.CROPS),
     "crop_fraction": number(0, 1, above=True),
     "flip": FLAG,
+    "jitter": number(0, 1, below=True),
 }
 
 
@@ -29,6 +30,8 @@ class Rows(NamedTuple):
       degrade: (uint8 [s, s, 3], generator) -> the picture "low", made of "image".
       flip: whether half of the pictures are mirrored; captions must not speak of left
         and right then.
+      jitter: the most that a picture is scaled, turned and moved at random, on white;
+        see image.place_at_random. 0 for not at all.
       embeddings: whether the source's embedding and tokens are taken.
     """
 
@@ -37,6 +40,7 @@ class Rows(NamedTuple):
     crop_fraction: float = 1.0
     degrade: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
     flip: bool = False
+    jitter: float = 0.0
     embeddings: bool = False
 
     def check(self, source: Source) -> None:
@@ -52,10 +56,10 @@ class Rows(NamedTuple):
                 f"{source.name} has {what}, and {largest} px are needed: make it with "
                 f"--image_size={largest}"
             )
-        if self.embeddings and (self.flip or self.crop != "center"):
+        if self.embeddings and (self.flip or self.jitter or self.crop != "center"):
             raise UserError(
                 f"the embeddings of {source.name} are of the middle of each picture: "
-                'crop must be "center" and flip False'
+                'crop must be "center", flip False and jitter 0'
             )
 
     def make(self, example: Mapping[str, Any], seed: tuple[int, int]) -> dict[str, Any]:
@@ -64,7 +68,8 @@ class Rows(NamedTuple):
         Chance follows from the seed. Raises BadExample if the picture can't be read.
         """
         captions = as_list(example["caption"])
-        chances = self.crop == "random" or self.crop_fraction < 1 or self.flip
+        chances = self.crop == "random" or self.crop_fraction < 1
+        chances = chances or self.flip or self.jitter > 0
         rng, choice = None, 0
         if chances or self.degrade or len(captions) > 1:  # making one takes a while
             rng = np.random.default_rng(seed)
@@ -84,6 +89,9 @@ class Rows(NamedTuple):
         pictures = {name: square(size) for name, size in self.sizes.items()}
         if self.flip and rng.random() < 0.5:
             pictures = {name: picture[:, ::-1] for name, picture in pictures.items()}
+        if self.jitter:
+            placing = images.place_at_random(self.jitter, rng)
+            pictures = {name: images.move(p, placing) for name, p in pictures.items()}
         if self.crop_fraction < 1 and "image" in pictures:
             side = round(self.sizes["image"] * self.crop_fraction)
             pictures["image"] = _random_part(pictures["image"], side, rng)

@@ -303,6 +303,7 @@ def make_batches(
             crop_fraction=data.crop_fraction,
             degrade=degrade,
             flip=data.flip,
+            jitter=data.jitter,
             embeddings=embedded(split),
         )
         return batches.batches(
@@ -312,6 +313,7 @@ def make_batches(
             batch_size=config.batch_size,
             seed=config.seed,
             context_length=context_length,
+            block=data.block if split == "train" else 1,
             step=step,
             threads=data.threads,
             workers=data.workers if split == "train" else 0,
