@@ -4,25 +4,18 @@ import re
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 from ml_collections import ConfigDict
 
 from dalle2_jax import parts
-from dalle2_jax.data.tokenizer import Tokenizer
 from dalle2_jax.diffusion import schedule
 from dalle2_jax.errors import UserError
 from dalle2_jax.nn import abstract
-from dalle2_jax.nn.ar_prior import ARPrior
-from dalle2_jax.nn.clip import CLIP
-from dalle2_jax.nn.decoder import Decoder
-from dalle2_jax.nn.prior import DiffusionPrior
-from dalle2_jax.nn.unet import UNet
 from tests.golden import peer
 
 ROOT = Path(__file__).parents[1]
-TOKENIZER = Mock(spec=Tokenizer, vocab_size=49_408, eot=49_407)  # OpenAI CLIP's
+VOCABULARY = {"vocab_size": 49_408, "eot": 49_407}  # OpenAI CLIP's
 
 # With the vocabulary of OpenAI's CLIP.
 PARAMETERS = {
@@ -74,25 +67,16 @@ def clip_net(size):
     rows = {"karlo": "vit_l_14", "karlo_lean": "vit_l_14"}
     rows |= {"quick": "small", "small_inpaint": "small"}
     size = rows.get(size, size)
-    return parts.clip.arguments(module("clip").get_config(size), TOKENIZER)
+    return parts.clip.arguments(module("clip").get_config(size), VOCABULARY)
 
 
 @cache
 def params(stage, size):
     """The abstract params of what a config of that size trains."""
     config = module(stage).get_config(size)
-    match config.stage:
-        case "clip":
-            model = CLIP(**clip_net(size))
-        case "prior":
-            model = DiffusionPrior(**parts.prior.arguments(config, clip_net(size)))
-        case "ar_prior":
-            model = ARPrior(**parts.ar_prior.arguments(config, clip_net(size)))
-        case "decoder":
-            model = Decoder(**parts.decoder.arguments(config, clip_net(size)))
-        case "upsampler":
-            model = UNet(**config.net)
-    return abstract(model)
+    own = parts.PARTS[config.stage]
+    clip = None if stage == "upsampler" else clip_net(size)
+    return abstract(own.module(**own.arguments(config, clip)))
 
 
 def test_the_table_has_every_size():

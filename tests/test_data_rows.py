@@ -107,7 +107,7 @@ def test_a_picture_that_cannot_be_read():
         ({"crop": "top"}, "crop is 'top': must be one of center, random"),
         ({"crop_fraction": 0.0}, "crop_fraction is 0.0"),
         ({"crop_fraction": 1.5}, "crop_fraction is 1.5"),
-        ({"jitter": 1.0}, "jitter is 1.0; it is from 0 to below 1"),
+        ({"jitter": 1.0}, "jitter is 1.0: must be a number from 0 to below 1"),
     ],
 )
 def test_errors_say_what_is_wrong(options, message):
