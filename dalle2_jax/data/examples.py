@@ -7,7 +7,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -103,7 +102,7 @@ def select(
     listing: Listing,
     split: str,
     holdout: float | int = HOLDOUT,
-    keep: str | Path | None = None,
+    keep: Any = None,
 ) -> Source:
     """One split's examples. Their keys tell who is held out, whatever their order.
 
@@ -183,7 +182,7 @@ def _hash(key: str) -> int:
     return zlib.crc32(re.sub(r" #\d+$", "", key).encode())
 
 
-def read_keep(path: str | Path) -> set[str]:
+def read_keep(path: Any) -> set[str]:
     """The keys in a file of lines {"key": "..."}; UserError if it is not one."""
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"keep={short(path)} is not a path")

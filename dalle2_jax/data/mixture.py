@@ -3,12 +3,13 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from dalle2_jax.data.examples import ENDLESS, Source
 from dalle2_jax.errors import UserError, short
 
 
-def mix(sources: Sequence[Source], weights: Sequence[float | int], seed: int) -> Source:
+def mix(sources: Sequence[Source], weights: Sequence[Any], seed: int) -> Source:
     """An endless source whose every run of examples has them in these proportions.
 
     Example i is the same for a seed wherever reading begins: the sources take turns in

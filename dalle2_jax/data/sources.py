@@ -211,7 +211,7 @@ def _mixture(
     return mix(opened, weights, seed)
 
 
-def _check_names(options: Mapping[str, Any]) -> None:
+def _check_names(options: Mapping[Any, Any]) -> None:
     """Raise a UserError for an option with the name of an argument of open_source."""
     for name in options:
         known = isinstance(name, str) and name.isidentifier()
