@@ -185,6 +185,8 @@ def test_data_that_train_refuses(tmp_path, prepare, message, capfd, monkeypatch)
         (["--prompt=a", "--out=/proc"], "cannot write to --out=/proc"),
         (["--prompt=a", "--out=/proc/b"], "cannot write to --out=/proc/b"),
         (["--prompt=a", "--out=gs://a/b"], "is a URL: give a directory"),
+        (["--prompt=a", "--out="], "--out='' is no folder: give one"),
+        (["--prompt=a", "--out=~nouser/b"], "write the path without ~"),
     ],
 )
 def test_flags_that_sample_refuses(

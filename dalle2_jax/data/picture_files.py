@@ -1,7 +1,6 @@
 """The pictures of a run, as files of a directory in which others may lie."""
 
 import itertools
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle2_jax import storage
-from dalle2_jax.errors import UserError
+from dalle2_jax.errors import UserError, cut, first_line
 
 
 class PictureFiles:
@@ -64,13 +63,23 @@ class PictureFiles:
 def make_directory(path: str) -> Path:
     """Create the directory of --out and try to write in it; UserError if that fails."""
     storage.check_local(path, "--out")
-    directory = Path(os.path.expanduser(path))
+    if not path or "\0" in path:
+        raise UserError(f"--out={path!a} is no folder: give one, as --out=samples")
+    try:
+        directory = Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"--out={cut(path, 100)}: {first_line(error).rstrip('.')}; write the path "
+            "without ~"
+        ) from error
     try:
         if directory.exists() and not directory.is_dir():
-            raise UserError(f"--out={path} is a file: give a folder")
+            raise UserError(f"--out={cut(path, 100)} is a file: give a folder")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe_") as probe:
             probe.write(b"0")
     except OSError as error:
-        raise UserError(f"cannot write to --out={path}: {error.strerror}") from error
+        raise UserError(
+            f"cannot write to --out={cut(path, 100)}: {error.strerror}"
+        ) from error
     return directory
