@@ -7,7 +7,7 @@ import pytest
 
 import dalle2_jax
 from configs import prior as configs_prior
-from dalle2_jax import checkpoint
+from dalle2_jax import checkpoint, parts
 from dalle2_jax.commands import run
 from dalle2_jax.errors import UserError
 from dalle2_jax.parts import prior
@@ -24,7 +24,9 @@ def tiny_config(model):
 
 @pytest.fixture(scope="module")
 def error(tiny_models):
-    return prior.measure_x0_error(tiny_config(tiny_models["upsampler"]), 16)[1]
+    return prior.measure_x0_error(
+        tiny_config(tiny_models["upsampler"]), 16, parts.load
+    )[1]
 
 
 def test_the_errors_are_those_of_the_training_loss(tiny_models, error):
@@ -101,4 +103,4 @@ def test_what_it_refuses(arguments, message, capfd):
 
 def test_a_model_without_a_prior(tiny_models):
     with pytest.raises(UserError, match="has no prior, only clip"):
-        prior.measure_x0_error(tiny_config(tiny_models["clip"]), 8)
+        prior.measure_x0_error(tiny_config(tiny_models["clip"]), 8, parts.load)

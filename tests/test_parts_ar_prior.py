@@ -6,6 +6,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from dalle2_jax import parts
 from dalle2_jax.nn import codes
 from dalle2_jax.parts import ar_prior
 from dalle2_jax.parts import stage as shared
@@ -16,7 +17,7 @@ def read(model, batches, count=8):
     """z_image and z_text of the first batches, CLIP's own way."""
     keys = {"base": str(model), "init_from": "", "dtype": "float32"}
     keys["mesh"] = {"tensor": 1}
-    base = shared.load_base(ConfigDict(keys))
+    base = shared.load_base(ConfigDict(keys), parts.load)
     found = [next(batches) for _ in range(count)]
     pictures = jnp.float32(np.concatenate([b["clip_image"] for b in found]) / 127.5 - 1)
     tokens = jnp.asarray(np.concatenate([b["tokens"] for b in found]))

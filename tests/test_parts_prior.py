@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dalle2_jax import checkpoint
+from dalle2_jax import checkpoint, parts
 from dalle2_jax.errors import UserError
+from dalle2_jax.nn.prior import DiffusionPrior
 from dalle2_jax.parts import prior
 from dalle2_jax.parts import stage as shared
 from tests.tiny import make_stage
@@ -25,7 +26,8 @@ def test_statistics_are_those_of_the_embeddings(tiny_models):
                 "dtype": "float32",
                 "mesh": {"tensor": 1},
             }
-        )
+        ),
+        parts.load,
     )
     pictures = np.concatenate([next(batches)["clip_image"] for _ in range(8)])
     pictures = jnp.float32(pictures / 127.5 - 1)
@@ -62,4 +64,4 @@ def test_a_model_whose_statistics_have_a_zero():
     statistics = {"z_image_mean": np.zeros(3), "z_image_std": np.float32([1, 0, 1])}
     model = checkpoint.Export({}, {}, None, statistics)
     with pytest.raises(UserError, match="init_from=a: z_image_std .* must be above 0"):
-        prior.stored_statistics(model, "a")
+        prior.stored_statistics(model, "a", DiffusionPrior(3, 4, 4, 8, 1, 1))

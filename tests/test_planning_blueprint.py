@@ -31,16 +31,17 @@ def test_the_training_step_is_the_loops(stage, base, tmp_path, monkeypatch):
     config.base = base
     jit_update = update.jit_update
 
-    class Lowered(Exception):
+    class Lowered(BaseException):
         """In place of running the step: its program."""
 
-    def spy(*made):
-        def update(*arguments):
-            raise Lowered(jit_update(*made).trace(*arguments).lower().as_text())
+    class Spy:
+        def __init__(self, *made):
+            self.made = made
 
-        return update
+        def trace(self, *arguments):
+            raise Lowered(jit_update(*self.made).trace(*arguments).lower().as_text())
 
-    monkeypatch.setattr(update, "jit_update", spy)
+    monkeypatch.setattr(update, "jit_update", Spy)
     trained = parts.make_stage(config)
     with pytest.raises(Lowered) as lowered:
         loop.train(

@@ -27,8 +27,8 @@ TRIES = 100  # examples in a row that may be bad
 RULES = {
     "threads": rules.whole(0, 1024),
     "workers": rules.whole(0, 1024),
-    "block": rules.COUNT,
 }
+BLOCK = {"block": rules.COUNT}
 
 
 class Batches:
@@ -103,7 +103,7 @@ def batches(
         raise UserError(f"{source.name} has no examples")
     rules.check({"seed": seed}, {"seed": rules.SEED}, "batches")
     values = {"threads": threads, "workers": workers, "block": block}
-    rules.check(values, RULES, "data")
+    rules.check(values, RULES | BLOCK, "data")
     local = batch_size // process_count
     if local % block:
         raise UserError(

@@ -344,7 +344,7 @@ RULES = {
         **TRANSFORMER,
         "components": rules.COUNT,
         "buckets": rules.whole(2, 1_000_000),
-        "dot_products": rules.whole(2, 1_000_000),
+        "dot_products": rules.COUNT,
     },
     "drop_caption": rules.CHANCE,
     "statistics_examples": rules.whole(1, 100_000_000),

@@ -41,6 +41,7 @@ RULES: rules.Rules = {
         "keep": rules.TEXT,
         **ROWS,
         **batches.RULES,
+        **batches.BLOCK,
     },
 }
 # What the section `diffusion` has for training alone.
