@@ -191,7 +191,9 @@ def test_embeddings_that_do_not_fit(clip, folder, embedded, tiny_models, tmp_pat
     (other / "metadata.json").write_text(json.dumps({**metadata, "format": 9}))
     with pytest.raises(UserError, match="has format 9"):
         open_source("embeddings", other)
-    with pytest.raises(UserError, match="has no metadata.json: make it with python"):
+    with pytest.raises(
+        UserError, match="has no metadata.json: make it with dalle2 embed"
+    ):
         open_source("embeddings", folder)
     with pytest.raises(UserError, match="exists and holds no embeddings"):
         write(clip, folder, folder)

@@ -38,6 +38,9 @@ def test_the_training_step_is_the_loops(stage, base, tmp_path, monkeypatch):
         def __init__(self, *made):
             self.made = made
 
+        def __call__(self, *arguments):
+            raise AssertionError("the step is traced before it is run")
+
         def trace(self, *arguments):
             raise Lowered(jit_update(*self.made).trace(*arguments).lower().as_text())
 
