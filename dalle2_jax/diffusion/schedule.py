@@ -148,9 +148,9 @@ class Schedule(NamedTuple):
     def solver_slope(self) -> Table:
         """1 / (2 r), by which that step extrapolates; 0 where it is first-order.
 
-        That are the first step, which has no past, and the last two: the last is
-        infinitely long in log SNR, and the one before it so long that extrapolating
-        overshoots.
+        The first step is first-order because it has no past. So are the last two: the
+        last is infinitely long in log SNR, and the one before it is so long that
+        extrapolating overshoots.
         """
         h = -np.diff(np.log(self.signal / self.noise))  # h[j]: level j + 1 to j
         slope = np.zeros(self.steps)
